@@ -1,0 +1,1 @@
+"""Calibration data, observers and Q/DQ placement."""

@@ -1,0 +1,5 @@
+"""`python -m bridgeport`."""
+
+from .cli import entry_point
+
+entry_point()
