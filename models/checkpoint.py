@@ -1,0 +1,162 @@
+"""Trained checkpoints: a directory as transformers writes it, read stage by stage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, UnsupportedError
+from .contract import KvCacheContract, StageContract
+from .families import FAMILIES, Family
+from .weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .stages import Layout
+
+CONFIG = "config.json"
+
+
+@dataclass(eq=False)
+class VisionLanguageModel:
+    """A checkpoint whose config and weights fit each other. Make one with `load_checkpoint`.
+
+    `path`: its directory. `kind`: "blip-2" or "blip-2-retrieval". `architecture`: transformers' class name.
+    `config`: the transformers config. No weight is in memory until a stage is asked for.
+    """
+
+    path: Path
+    architecture: str
+    config: Any
+    layout: Layout
+    weights: Weights
+
+    @property
+    def kind(self) -> str:
+        """Which chain of stages this is."""
+        return self.layout.kind
+
+    @property
+    def contracts(self) -> dict[str, StageContract]:
+        """The contract of each stage, in the order of the chain."""
+        return self.layout.contracts
+
+    @property
+    def kv_cache(self) -> KvCacheContract | None:
+        """The language model's cache; None where there is no language model."""
+        return self.layout.kv_cache
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """config.json and the weight files: what tells one checkpoint from another."""
+        return (self.path / CONFIG, *self.weights.files)
+
+    def load_stage(self, name: str) -> nn.Module:
+        """A new module of the stage `name`, FP32, eval mode, without gradients.
+
+        Only this stage's tensors are read. FP32 weights are mapped from the files, so the checkpoint must
+        stay where it is while the module is used. Raises KeyError for a stage that `contracts` does not have.
+        """
+        return self.layout.load(name, self.weights)
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """The vision encoder: `[B, 3, H, W]` to `[B, N, Dv]`."""
+        return self.load_stage("encoder")
+
+    @cached_property
+    def connector(self) -> nn.Module:
+        """The connector: `[B, N, Dv]` to `[B, Q, D]`."""
+        return self.load_stage("connector")
+
+    @cached_property
+    def embed_tokens(self) -> nn.Module:
+        """The embedding of token ids: `[B, L]` to `[B, L, D]`."""
+        return self.load_stage("embed_tokens")
+
+    @cached_property
+    def language_model(self) -> nn.Module:
+        """transformers' causal language model."""
+        return self.load_stage("llm")
+
+
+def load_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> VisionLanguageModel:
+    """Open the checkpoint directory at `path` and check it whole, without reading a weight.
+
+    `allow_pickle`: also take pickle weights, which are read with `weights_only=True`.
+
+    Raises CheckpointError when it is no checkpoint, of an unknown kind, incomplete or corrupt, or when config
+    and weights disagree (naming the tensor and both shapes); UnsupportedError for a known kind not built yet.
+    """
+    directory = Path(path)
+    raw = _read_config(directory)
+    family, architecture = _find_family(directory, raw)
+    config = _make_config(directory, raw, family)
+    layout = _lay_out(directory, family, architecture, config)
+    weights = open_weights(directory, allow_pickle=allow_pickle)
+    layout.check(weights, str(directory))
+    return VisionLanguageModel(directory, architecture, config, layout, weights)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise CheckpointError(
+            f"{directory} {what}; a checkpoint is a local directory with {CONFIG}, weights, tokenizer and processor"
+        )
+    file = directory / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{directory} is no checkpoint: it has no {CONFIG}; name a directory that has one")
+    try:
+        raw = json.loads(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(raw).__name__}, not an object; copy the checkpoint again")
+    return raw
+
+
+def _find_family(directory: Path, raw: dict[str, Any]) -> tuple[Family, str]:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{directory / CONFIG}: model_type {model_type!r} is unknown; known are {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    architectures = raw.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str) or name not in family.layouts:
+        raise CheckpointError(
+            f"{directory / CONFIG}: architecture {name!r} is unknown for {model_type}; known are "
+            f"{', '.join(family.layouts)}"
+        )
+    if raw.get("quantization_config"):
+        raise UnsupportedError(
+            f"{directory / CONFIG}: the checkpoint is quantised (quantization_config); give one stored in "
+            "float32, float16 or bfloat16, and quantise on export"
+        )
+    return family, name
+
+
+def _make_config(directory: Path, raw: dict[str, Any], family: Family) -> Any:
+    import transformers
+
+    config_class: Any = getattr(transformers, family.config_class)
+    try:
+        config = config_class.from_dict(raw)
+    except Exception as error:
+        # transformers validates with exceptions of several libraries; each means that the file is wrong.
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory / CONFIG} is not a valid config ({reason}); correct it") from error
+    return config
+
+
+def _lay_out(directory: Path, family: Family, architecture: str, config: Any) -> Layout:
+    try:
+        return family.layout(architecture)(config)
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(f"{directory}: {error}") from error
