@@ -29,3 +29,22 @@ def retrieval_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.checkpoints import write_retrieval_checkpoint
 
     return write_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped small model, exported in FP32 once; do not change it."""
+    from bridgeport.export import export_checkpoint
+    from bridgeport.models.small import checkpoint_path
+
+    return export_checkpoint(checkpoint_path(), tmp_path_factory.mktemp("small") / "bundle").path
+
+
+@pytest.fixture(scope="session")
+def held_out_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture that the small model was not trained on, as a PNG file."""
+    from bridgeport.models.small.pictures import held_out
+
+    file = tmp_path_factory.mktemp("pictures") / "held-out.png"
+    held_out(1)[0].image.save(file)
+    return file

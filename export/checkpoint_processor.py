@@ -1,0 +1,86 @@
+"""The checkpoint's own tokenizer and processors, loaded by transformers, never from a network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer alone, as its files have it (`Blip2Processor` would add a lacking image token)."""
+    from transformers import AutoTokenizer
+
+    make: Any = AutoTokenizer
+    _need_one_of(path, TOKENIZER_FILES, "tokenizer")
+    tokenizer = _load(path, "tokenizer", lambda: make.from_pretrained(path, local_files_only=True))
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(
+            f"{path}: the tokenizer has no tokenizer.json form; save it with a fast tokenizer of transformers"
+        )
+    return tokenizer
+
+
+def load_image_processor(path: Path) -> Any:
+    """The image processor, run by Pillow and numpy."""
+    from transformers import AutoImageProcessor
+
+    make: Any = AutoImageProcessor
+    _need_one_of(path, IMAGE_PROCESSOR_FILES, "image processor")
+    return _load(path, "image processor", lambda: make.from_pretrained(path, backend="pil", local_files_only=True))
+
+
+def load_processor(path: Path) -> Any:
+    """The whole `Blip2Processor`."""
+    from transformers import Blip2Processor
+
+    make: Any = Blip2Processor
+    _need_one_of(path, TOKENIZER_FILES, "tokenizer")
+    _need_one_of(path, IMAGE_PROCESSOR_FILES, "image processor")
+    return _load(path, "processor", lambda: make.from_pretrained(path, backend="pil", local_files_only=True))
+
+
+def image_token_text(path: Path, tokenizer: Any, image_token_id: int) -> str:
+    """The text of the image token. Raises CheckpointError when no added token has that id."""
+    token = tokenizer.added_tokens_decoder.get(image_token_id)
+    if token is None:
+        raise CheckpointError(
+            f"{path}: the tokenizer has no image token: config.json says image_token_index {image_token_id}, "
+            "and no added token has that id; add '<image>' to the tokenizer and save it again"
+        )
+    text: str = token.content
+    return text
+
+
+def _need_one_of(path: Path, names: tuple[str, ...], what: str) -> None:
+    if not any((path / name).is_file() for name in names):
+        raise CheckpointError(f"{path} has no {what} (none of {', '.join(names)}); copy the whole checkpoint")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its loaders log advice on torchvision and on fast tokenizers; its errors still raise."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load(path: Path, what: str, load: Callable[[], Any]) -> Any:
+    try:
+        with _quiet_transformers():
+            return load()
+    except Exception as error:
+        # transformers, tokenizers and json raise what they like for a file that they cannot take.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: the {what} does not load ({reason[:200]}); copy its files again") from error
