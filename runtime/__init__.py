@@ -1,4 +1,4 @@
-"""Bundles at run time: engines, the chain, generation, parity and bench. Needs neither torch nor transformers."""
+"""Bundles at run time: engines, the chain, generation, parity, bench; without torch and transformers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which external files an ONNX graph points to, read from the protobuf wire format without any ONNX parser.
 
 A bundle is checked before a parser opens it, so the check cannot use one. Field numbers are those of onnx.proto3:
-ModelProto.graph 7 and .functions 25; GraphProto.node 1, .initializer 5 and .sparse_initializer 15;
+ModelProto.graph 7, .training_info 20 and .functions 25; TrainingInfoProto.initialization 1 and .algorithm 2; GraphProto.node 1, .initializer 5 and .sparse_initializer 15;
 FunctionProto.node 7; NodeProto.attribute 5; AttributeProto.t 5, .g 6, .tensors 10, .graphs 11, .sparse_tensor 22 and
 .sparse_tensors 23; SparseTensorProto.values 1 and .indices 2; TensorProto.external_data 13;
 StringStringEntryProto.key 1, .value 2.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 # message -> {field number: message that it holds}
 _CHILDREN: dict[str, dict[int, str]] = {
-    "Model": {7: "Graph", 25: "Function"},
+    "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
+    "TrainingInfo": {1: "Graph", 2: "Graph"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Function": {7: "Node"},
     "Node": {5: "Attribute"},

@@ -174,7 +174,7 @@ def staged_directory(out: str | Path, *, force: bool = False, protect: tuple[Pat
     `protect` are inputs that `out` must not replace or contain. Raises OutputError when `out` exists and `force` is
     not given, when it may not be replaced at all, or when the disk is full.
     """
-    target = Path(os.path.abspath(out))
+    target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that is refused below
     _check_target(target, force=force, protect=protect)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,9 +223,13 @@ def output_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise OutputError(f"the disk is full: {target} was not written; free some space or name another disk") from error
+            raise OutputError(
+                f"the disk is full: {target} was not written; free some space or name another disk"
+            ) from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise OutputError(f"{error.filename or target} may not be written ({error.strerror}); name another place") from error
+            raise OutputError(
+                f"{error.filename or target} may not be written ({error.strerror}); name another place"
+            ) from error
         raise
 
 

@@ -31,9 +31,9 @@ class StageRecord(Record):
     format: Literal["onnx"] = "onnx"
     precision: Literal["fp32", "fp16", "int8", "int4"]
     opset: int
-    toolchain: dict[str, str] = {}
+    toolchain: dict[str, str] = Field(default_factory=dict)
     # Graphs that share the stage's weights and give more outputs, by purpose ("attention").
-    variants: dict[str, str] = {}
+    variants: dict[str, str] = Field(default_factory=dict)
 
 
 class Resize(Record):
@@ -139,7 +139,7 @@ class Manifest(Record):
     tokenizer: str
     files: tuple[FileRecord, ...] = ()
     # Results of checks, as they were printed when the bundle was made: {"export": {...}, "parity": {...}}.
-    checks: dict[str, Any] = {}
+    checks: dict[str, Any] = Field(default_factory=dict)
 
     def stage(self, name: str) -> StageRecord:
         """The stage called `name`; KeyError when there is none."""

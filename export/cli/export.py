@@ -1,0 +1,115 @@
+"""`bridgeport export`: a trained checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ...bundle import Bundle
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory in the Hugging Face layout.")],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Directory to write.")],
+    precision: Annotated[
+        str, typer.Option(help="fp32, or int4: INT4 weights in the language model, FP32 elsewhere.")
+    ] = "fp32",
+    target: Annotated[str, typer.Option(help="What the bundle is made for; now cpu.")] = "cpu",
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Calibration data; no precision that is built now needs it.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a directory that exists.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickle weights too, with weights_only=True.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made and checked as JSON.")] = False,
+) -> None:
+    """Export a trained checkpoint to ONNX, check every graph against PyTorch, and write a bundle."""
+    from rich.console import Console
+
+    from ..checkpoint import check_options
+
+    # Before the heavy imports of an export: a typing mistake is answered at once.
+    check_options(precision, target, calibration)
+    # Bound to this stderr: exporters print, and what they print is caught by swapping sys.stderr.
+    console = Console(file=sys.stderr)
+    started = time.perf_counter()
+    with console.status("starting") as status:
+
+        def show(step: str) -> None:
+            status.update(step)
+            if not console.is_terminal:
+                console.print(step, markup=False, highlight=False)
+
+        from .. import export_checkpoint
+
+        bundle = export_checkpoint(
+            checkpoint,
+            out,
+            precision=precision,
+            target=target,
+            calibration=calibration,
+            force=force,
+            allow_pickle=allow_pickle,
+            progress=show,
+        )
+    summary = summarize(bundle, time.perf_counter() - started)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        _print(summary)
+
+
+def summarize(bundle: Bundle, seconds: float) -> dict[str, Any]:
+    """What was made: stages with sizes, all checks, total size in bytes and time in seconds."""
+    sizes = {file.path: file.size for file in bundle.manifest.files}
+    return {
+        "bundle": str(bundle.path),
+        "model": bundle.manifest.checkpoint.architecture,
+        "seconds": round(seconds, 1),
+        "bytes": sum(sizes.values()),
+        "stages": [
+            {
+                "name": stage.contract.name,
+                "file": stage.file,
+                "precision": stage.precision,
+                "opset": stage.opset,
+                "bytes": sizes[stage.file] + sizes.get(f"{stage.file}.data", 0),
+            }
+            for stage in bundle.manifest.stages
+        ],
+        "checks": bundle.manifest.checks["export"],
+    }
+
+
+def _print(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{summary['model']} in {summary['bundle']}", title_justify="left")
+    for column in ("stage", "precision", "MB", "largest difference from PyTorch", "checks"):
+        table.add_column(column, justify="right" if column == "MB" else "left")
+    for stage in summary["stages"]:
+        checks = summary["checks"]["stages"][stage["name"]]
+        passed = sum(key not in ("passes", "builder") for key in checks)
+        table.add_row(
+            stage["name"],
+            stage["precision"],
+            f"{stage['bytes'] / 1e6:.1f}",
+            f"{checks['onnxruntime']['max_abs']:.1e}",
+            f"{passed} passed",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{summary['bytes'] / 1e6:.1f} MB in {summary['seconds']} s; next: "
+        f"bridgeport run {summary['bundle']} --image PICTURE --prompt TEXT",
+        markup=False,
+        highlight=False,
+    )

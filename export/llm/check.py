@@ -1,0 +1,158 @@
+"""The decoder's graph against transformers' model: prompts of different lengths in one batch, then single tokens.
+
+Every row of a batch is compared with its own run through PyTorch without cache and without padding, so a mistake in
+row lengths, positions, the cache's buffer or the masking of padding shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ...models.contract import KvCacheContract
+from ..checks import BATCH_SIZES, FloatArray, Reference, compare
+from .dequantize import dequantize_into
+
+# Tokens after the prompt, one decoder step each.
+STEPS = 2
+_LONGEST_PROMPT = 9
+# MatMulNBits at accuracy_level 4 rounds activations to INT8 in blocks of 32. Measured over the tests' random models,
+# which have nothing to average over: up to 4 % of the largest logit. A weight read wrongly is off by 50 % and more.
+INT8_ACTIVATIONS_OF_LARGEST = 0.1
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """Token rows of different lengths, their embeddings and PyTorch's logits.
+
+    ``embeds[r]``: ``[length + STEPS, D]``; ``logits``: ``[B, 1 + STEPS, V]``, after the prompt and after each step.
+    """
+
+    lengths: tuple[int, ...]
+    embeds: tuple[FloatArray, ...]
+    logits: FloatArray
+
+
+def make_ragged_batches(llm: Any, context_length: int, *, decoder: Path | None = None) -> list[RaggedBatch]:
+    """Batches of 1, 3 and 5 rows and PyTorch's logits for them.
+
+    ``decoder``: a quantised graph whose weights, dequantised, replace those of `llm` first, so that the graph is
+    held against the numbers that it was given.
+    """
+    if decoder is not None:
+        dequantize_into(llm, decoder)
+    longest = min(_LONGEST_PROMPT, context_length - STEPS)
+    random = np.random.default_rng(0)
+    batches = []
+    for size in BATCH_SIZES:
+        lengths = tuple(int(n) for n in random.integers(1, longest + 1, size))
+        rows = [_run_row(llm, random.integers(0, llm.config.vocab_size, n + STEPS), n) for n in lengths]
+        batches.append(RaggedBatch(lengths, tuple(row[0] for row in rows), np.stack([row[1] for row in rows])))
+    return batches
+
+
+def _run_row(llm: Any, ids: Any, length: int) -> tuple[FloatArray, FloatArray]:
+    with torch.inference_mode():
+        embeds = llm.get_input_embeddings()(torch.from_numpy(ids)[None])
+        logits = llm(inputs_embeds=embeds, use_cache=False).logits[0, length - 1 :]
+    return embeds[0].numpy(), logits.float().numpy()
+
+
+def check_decoder(
+    path: Path, batches: Sequence[RaggedBatch], cache: KvCacheContract, *, precision: str
+) -> dict[str, Any]:
+    """Prefill and STEPS single tokens with one shared cache buffer; raises ExportError where logits differ.
+
+    A quantised graph is run as it is, within what INT8 activations cost, and once more with FP32 activations, where
+    it must equal PyTorch on the same weights as an FP32 graph must.
+    """
+    found: dict[str, Any] = {
+        "batch_sizes": [len(batch.lengths) for batch in batches],
+        "decode_steps": STEPS,
+        "max_abs": 0.0,
+    }
+    if precision == "int4":
+        found["max_abs_int8_activations"] = _compare(path, batches, cache, INT8_ACTIVATIONS_OF_LARGEST)
+        exact = path.with_name(f".{path.name}")
+        try:
+            _write_with_fp32_activations(path, exact)
+            found["max_abs"] = _compare(exact, batches, cache, None)
+        finally:
+            exact.unlink(missing_ok=True)
+    else:
+        found["max_abs"] = _compare(path, batches, cache, None, prepack=False)
+    return found
+
+
+def _write_with_fp32_activations(path: Path, out: Path) -> None:
+    model = ir.load(path)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes.add(ir.AttrInt64("accuracy_level", 1))
+    ir.save(model, out)
+
+
+def _compare(
+    path: Path,
+    batches: Sequence[RaggedBatch],
+    cache: KvCacheContract,
+    of_largest: float | None,
+    *,
+    prepack: bool = True,
+) -> float:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if not prepack:
+        # As in checks.check_equality: no packed second copy of every weight for a few runs.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch in batches:
+        for step, logits in enumerate(_run_batch(session, batch, cache)):
+            reference = Reference({"row": np.array(batch.lengths)}, batch.logits[:, step])
+            label = "logits of the prompt" if step == 0 else f"logits of token {step}"
+            worst = max(worst, compare(logits, reference, stage="llm", output=label, of_largest=of_largest))
+    return worst
+
+
+def _run_batch(session: Any, batch: RaggedBatch, cache: KvCacheContract) -> list[FloatArray]:
+    import onnxruntime
+
+    size, longest = len(batch.lengths), max(batch.lengths)
+    shape = (size, cache.num_heads, longest + STEPS, cache.head_size)
+    buffers = {
+        (layer, kind): onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+        for layer in range(cache.num_layers)
+        for kind in ("key", "value")
+    }
+    results = []
+    for step in range(1 + STEPS):
+        if step == 0:
+            embeds = np.stack([np.pad(row[:n], ((0, longest - n), (0, 0))) for n, row in _rows(batch)])
+            position = np.array(batch.lengths, np.int64) - 1
+        else:
+            embeds = np.stack([row[n + step - 1 : n + step] for n, row in _rows(batch)])
+            position = np.zeros(size, np.int64)
+        mask = (np.arange(longest + step)[None] < np.array(batch.lengths)[:, None] + step).astype(np.int64)
+        binding = session.io_binding()
+        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds))
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_cpu_input("logits_position", position)
+        for (layer, kind), buffer in buffers.items():
+            binding.bind_ortvalue_input(cache.past.format(layer=layer, kind=kind), buffer)
+            binding.bind_ortvalue_output(cache.present.format(layer=layer, kind=kind), buffer)
+        binding.bind_output("logits", "cpu")
+        session.run_with_iobinding(binding)
+        results.append(binding.get_outputs()[-1].numpy())
+    return results
+
+
+def _rows(batch: RaggedBatch) -> list[tuple[int, FloatArray]]:
+    return list(zip(batch.lengths, batch.embeds, strict=True))

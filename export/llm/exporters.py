@@ -1,0 +1,109 @@
+"""Decoders through `transformers.exporters`, for what the model builder of onnxruntime-genai does not take.
+
+The exporter traces the model with a cache that grows by concatenation; the passes put ONNX Runtime's
+GroupQueryAttention in its place and compute positions from the mask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+
+from ...models.contract import KvCacheContract
+from ..graph import OPSET, fold_constants, save_graph
+from ..passes import GraphPass, PassResult, apply_passes
+from ..passes.gemm import MatMulFromGemm
+from ..passes.gqa import GroupQueryAttention
+from ..passes.modules import KeepModuleScopes
+from ..passes.positions import PositionsFromMask
+from ..passes.weights import TransposeWeights
+from ..quiet import quiet_exporters
+from .genai import DECODER
+from .int4 import quantize_matmuls
+
+if TYPE_CHECKING:
+    from ...models.checkpoint import VisionLanguageModel
+
+# The traced example: batch, new tokens, cached tokens. All at least 2 and different, so that none is baked in or
+# taken for another.
+_BATCH, _TOKENS, _PAST = 2, 3, 5
+
+
+def accepts(text_config: Any, cache: KvCacheContract) -> str | None:
+    """None, or why a decoder cannot be made this way."""
+    if cache.head_size % 8:
+        return f"head size {cache.head_size}: GroupQueryAttention takes multiples of 8"
+    if text_config.max_position_embeddings < _TOKENS + _PAST:
+        return f"max_position_embeddings {text_config.max_position_embeddings} is below {_TOKENS + _PAST}"
+    return None
+
+
+def build(model: VisionLanguageModel, precision: str, directory: Path) -> tuple[PassResult, ...]:
+    """Write `decoder.onnx` and `decoder.onnx.data` into `directory`."""
+    cache = model.kv_cache
+    assert cache is not None
+    text = model.config.text_config
+    graph = _trace(model.load_stage("llm"), text, cache)
+    rename_cache(graph, cache)
+    fold_constants(graph)
+    passes: tuple[GraphPass, ...] = (
+        KeepModuleScopes(),
+        TransposeWeights(),
+        MatMulFromGemm(),
+        GroupQueryAttention(
+            num_layers=cache.num_layers,
+            num_heads=text.num_attention_heads,
+            kv_heads=cache.num_heads,
+            head_size=cache.head_size,
+        ),
+        PositionsFromMask(text.max_position_embeddings),
+    )
+    graph, results = apply_passes(graph, passes, stage="llm")
+    if precision == "int4":
+        graph = quantize_matmuls(graph)
+    save_graph(graph, directory / DECODER)
+    return results
+
+
+def _trace(llm: Any, text_config: Any, cache: KvCacheContract) -> ir.Model:
+    """The decoder with a growing cache, `inputs_embeds` and explicit `position_ids`."""
+    from transformers import DynamicCache
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    llm.set_attn_implementation("eager")
+    past: Any = DynamicCache()
+    states = (_BATCH, cache.num_heads, _PAST, cache.head_size)
+    for layer in range(cache.num_layers):
+        past.update(torch.randn(states), torch.randn(states), layer)
+    inputs = {
+        "inputs_embeds": torch.randn(_BATCH, _TOKENS, text_config.hidden_size),
+        "attention_mask": torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64),
+        "position_ids": torch.arange(_PAST, _PAST + _TOKENS).repeat(_BATCH, 1),
+        "past_key_values": past,
+    }
+    auto = torch.export.Dim.AUTO
+    shapes = {
+        "inputs_embeds": {0: auto, 1: auto},
+        "attention_mask": {0: auto, 1: auto},
+        "position_ids": {0: auto, 1: auto},
+        "past_key_values": [{0: auto, 2: auto}] * (2 * cache.num_layers),
+    }
+    config = OnnxConfig(opset_version=OPSET, optimize=False, dynamic_shapes=shapes)
+    with quiet_exporters():
+        exporter: Any = OnnxExporter  # its constructor is not typed
+        traced: tuple[ir.Model, object] = exporter().export_program(llm, inputs, config)
+    return traced[0]
+
+
+def rename_cache(graph: ir.Model, cache: KvCacheContract) -> None:
+    """The exporter's names of the cache's tensors to the contract's, in place."""
+    values = {value.name: value for value in (*graph.graph.inputs, *graph.graph.outputs)}
+    for layer in range(cache.num_layers):
+        for kind in ("key", "value"):
+            leaf = f"past_key_values.layers.{layer}.{kind}s"
+            values[f"input.{leaf}"].name = cache.past.format(layer=layer, kind=kind)
+            values[f"output.{leaf}"].name = cache.present.format(layer=layer, kind=kind)

@@ -1,0 +1,88 @@
+"""Decoders through the model builder of onnxruntime-genai.
+
+Its `create_model` reads a Hugging Face directory, so the language model is written as one for a while.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ExportError
+from ...models.contract import KvCacheContract
+from ..memory import release_memory
+from ..passes import PassResult
+from ..quiet import quiet_exporters
+
+if TYPE_CHECKING:
+    from ...models.checkpoint import VisionLanguageModel
+
+DECODER = "decoder.onnx"
+# Rope types that the builder computes as transformers does.
+_ROPE_TYPES = ("default", "linear", "llama3")
+# Symmetric blocks of 32 weights; activations are quantised to INT8 inside the operator (accuracy_level 4), which is
+# what makes it fast on CPUs with VNNI.
+BLOCK_SIZE = 32
+ACCURACY_LEVEL = 4
+
+
+def accepts(text_config: Any, cache: KvCacheContract) -> str | None:
+    """None, or why the builder cannot make this decoder."""
+    if cache.head_size % 16:
+        return f"head size {cache.head_size}: rotary embedding inside its attention takes multiples of 16"
+    rope = (text_config.rope_parameters or {}).get("rope_type", "default")
+    if rope not in _ROPE_TYPES:
+        return f"rope_type {rope!r}; it computes {', '.join(_ROPE_TYPES)}"
+    return None
+
+
+def build(model: VisionLanguageModel, precision: str, directory: Path) -> tuple[PassResult, ...]:
+    """Write `decoder.onnx` and `decoder.onnx.data` into `directory`."""
+    scratch = directory / ".builder"
+    source, target = scratch / "source", scratch / "target"
+    try:
+        _write_source(model, source)
+        release_memory()
+        _create(source, target, scratch / "cache", precision)
+        release_memory()
+        for name in (DECODER, f"{DECODER}.data"):
+            (target / name).replace(directory / name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return ()
+
+
+def _write_source(model: VisionLanguageModel, directory: Path) -> None:
+    """The language model alone as a Hugging Face directory, with a tokenizer that only satisfies the builder."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    llm: Any = model.load_stage("llm")
+    with quiet_exporters(stderr=True):
+        llm.save_pretrained(directory)
+    Tokenizer(WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>")).save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _create(source: Path, target: Path, cache: Path, precision: str) -> None:
+    options = ["exclude_embeds=true", "hf_token=false", f"filename={DECODER}"]
+    if precision == "int4":
+        options += [f"block_size={BLOCK_SIZE}", f"accuracy_level={ACCURACY_LEVEL}"]
+    where = (str(source), str(source), str(target), precision, "cpu", str(cache))
+    with quiet_exporters(stderr=True):
+        # Inside the block, because the import itself sets up logging.
+        from onnxruntime_genai.models.builder import (  # type: ignore[import-untyped]
+            create_model,
+            parse_extra_options,
+        )
+
+        try:
+            create_model(*where, **parse_extra_options(*where, options))
+        except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
+            raise ExportError(
+                f"stage llm: onnxruntime-genai cannot build this decoder ({' '.join(str(error).split())}); it needs "
+                "another text model or another version of onnxruntime-genai"
+            ) from error

@@ -1,0 +1,197 @@
+"""Latency and peak memory of a bundle, stage by stage, with its peers measured in the same run.
+
+Every peer lives in a process of its own. A round asks each of them for one pass, in turn, so that a slow minute of a
+noisy machine falls on all of them; ratios are taken within a round and their median is what is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import EngineError, InputError
+from .peers import Job, peer_record, require_compiler
+from .report import BenchReport, PeerResult, Round
+
+__all__ = ["BenchReport", "Contestant", "bench", "measure"]
+
+# Between two peers' passes: a thread pool that still spins would be timed as part of the next one.
+_SETTLE_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of the table: a peer of `PEERS` and the bundle or checkpoint that it reads."""
+
+    label: str
+    peer: str
+    source: Path
+
+
+def bench(
+    bundle: str | Path,
+    *,
+    against: Sequence[str] = (),
+    checkpoint: str | Path | None = None,
+    new_tokens: int = 32,
+    rounds: int = 5,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> BenchReport:
+    """Measure a bundle, and the peers in `against` beside it, on one picture and `new_tokens` greedy tokens.
+
+    `against` holds names of `PEERS` (those of PyTorch need `checkpoint`) or paths of further bundles.
+    Raises InputError for an unknown peer or a missing checkpoint.
+    """
+    contestants = [_bundle_contestant(Path(bundle))]
+    for name in against:
+        if (Path(name) / "manifest.json").is_file():
+            contestants.append(_bundle_contestant(Path(name)))
+            continue
+        record = peer_record(name)
+        if record.reads == "checkpoint" and checkpoint is None:
+            raise InputError(f"--against {name} runs the checkpoint in PyTorch; say where it is with --reference DIR")
+        source = Path(bundle) if record.reads == "bundle" else Path(str(checkpoint))
+        contestants.append(Contestant(record.title, name, source))
+    return measure(
+        contestants,
+        _job(Path(bundle), new_tokens),
+        rounds=rounds,
+        threads=threads or core_count(),
+        progress=progress,
+    )
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _bundle_contestant(path: Path) -> Contestant:
+    from ...bundle import read_manifest
+
+    precision = read_manifest(path).stage("llm").precision.upper()
+    return Contestant(f"Bridgeport {precision}", "bridgeport", path)
+
+
+def _job(bundle: Path, new_tokens: int) -> Job:
+    """One test picture (a gradient with a disc) and a short prompt, prepared as the bundle says."""
+    from PIL import Image, ImageDraw
+
+    from ..pipeline import Pipeline
+    from .bundle_chain import prepare_job
+
+    gradient = np.linspace(0, 255, 480, dtype=np.uint8)
+    picture = Image.fromarray(
+        np.stack(np.broadcast_arrays(gradient[:, None], gradient[None, :], np.uint8(96)), axis=-1)
+    )
+    ImageDraw.Draw(picture).ellipse((120, 90, 330, 300), fill=(200, 40, 60))
+
+    with Pipeline.load(bundle, threads=1) as pipeline:
+        return prepare_job(pipeline, picture, "question: what is on the picture? answer:", new_tokens)
+
+
+def measure(
+    contestants: Sequence[Contestant],
+    job: Job,
+    *,
+    rounds: int,
+    threads: int,
+    progress: Callable[[str], None] | None = None,
+) -> BenchReport:
+    """Run `rounds` rounds over all contestants, after one that warms up and is thrown away."""
+    tell = progress or (lambda message: None)
+    with tempfile.TemporaryDirectory() as folder:
+        job_file = Path(folder) / "job.npz"
+        np.savez(
+            job_file, pixel_values=job.pixel_values, input_ids=job.input_ids, image_positions=job.image_positions,
+            new_tokens=job.new_tokens,
+        )  # fmt: skip
+        children: list[_Child] = []
+        try:
+            for contestant in contestants:
+                tell(f"loading {contestant.label}")
+                children.append(_Child(contestant, threads, job_file))
+            features = [_warm_up(child, Path(folder), tell) for child in children]
+            samples: list[list[Round]] = [[] for _ in children]
+            for number in range(rounds):
+                tell(f"round {number + 1} of {rounds}")
+                for child, mine in zip(children, samples, strict=True):
+                    time.sleep(_SETTLE_SECONDS)
+                    mine.append(child.measure())
+        finally:
+            for child in children:
+                child.close()
+    results = [
+        PeerResult(child.contestant.label, child.contestant.peer, tuple(mine), feature)
+        for child, mine, feature in zip(children, samples, features, strict=True)
+    ]
+    return BenchReport(tuple(results), threads=threads, new_tokens=job.new_tokens, prompt_tokens=job.input_ids.shape[1])
+
+
+def _warm_up(child: _Child, folder: Path, tell: Callable[[str], None]) -> NDArray[np.float32]:
+    tell(f"warming up {child.contestant.label}")
+    file = folder / "features.npy"
+    child.measure(file)
+    features: NDArray[np.float32] = np.load(file)
+    return features
+
+
+class _Child:
+    """A worker process and the two pipes to it."""
+
+    def __init__(self, contestant: Contestant, threads: int, job_file: Path) -> None:
+        if contestant.peer == "torch-compile":
+            require_compiler()
+        self.contestant = contestant
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bridgeport.runtime.bench.worker", contestant.peer, str(contestant.source),
+             str(threads), str(job_file)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+        )  # fmt: skip
+        self._read()
+
+    def measure(self, features_file: Path | None = None) -> Round:
+        """One pass; `features_file` receives the image features as `.npy`."""
+        assert self._process.stdin is not None
+        request = {"features_file": None if features_file is None else str(features_file)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        return Round(answer["seconds"], tuple(answer["token_ids"]), answer["peak_bytes"])
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            lines = self._errors.read().strip().splitlines() or ["no message"]
+            raise EngineError(f"the peer {self.contestant.label!r} stopped: {lines[-1]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process; never waits longer than five seconds."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()

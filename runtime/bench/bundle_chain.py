@@ -1,0 +1,36 @@
+"""One benchmark pass of a bundle: the chain of `Pipeline`, with the stop tokens left out so that passes are equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..pipeline import Pipeline, Prepared
+from .peers import Job, Outputs, Stopwatch
+
+
+def prepare_job(pipeline: Pipeline, picture: Any, prompt: str, new_tokens: int) -> Job:
+    """The tensors of one picture and one prompt, which every peer is given."""
+    prepared = pipeline.prepare(picture, prompt)
+    return Job(prepared.pixel_values, prepared.input_ids[0][None], prepared.image_positions[0], new_tokens)
+
+
+def run_chain(pipeline: Pipeline, job: Job, watch: Stopwatch) -> Outputs:
+    """Encoder, connector, prefill and `job.new_tokens` greedy tokens, each timed by `watch`."""
+    engines = pipeline.engines
+    image_embeds = engines["encoder"].run({"pixel_values": job.pixel_values})["image_embeds"]
+    watch.lap("encoder")
+    features = engines["connector"].run({"image_embeds": image_embeds})["image_features"]
+    watch.lap("connector")
+    prepared = Prepared(job.pixel_values, (job.input_ids[0],), (job.image_positions,))
+    inputs_embeds, lengths = pipeline.merge(prepared, features)
+    decoding = pipeline.decoder.start(inputs_embeds, lengths, job.new_tokens)
+    token_ids = [int(np.argmax(decoding.logits[0]))]
+    watch.lap("prefill")
+    while len(token_ids) < job.new_tokens:
+        decoding.step([token_ids[-1]], [True])
+        token_ids.append(int(np.argmax(decoding.logits[0])))
+    decoding.close()
+    watch.lap("decode")
+    return Outputs(watch.seconds, features, token_ids)

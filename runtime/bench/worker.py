@@ -1,0 +1,38 @@
+"""A benchmark's child process: one peer, measured when the parent says so.
+
+One process for each peer keeps their thread pools and allocators apart and makes the peak memory each one's own. It
+reads one JSON object a line on stdin ({"job": FILE} first, then {"measure": true}) and answers one a line on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .peers import Job, peer_record
+
+
+def main(peer: str, source: str, threads: str, job_file: str) -> None:
+    """Load the peer, say so, then answer each line on stdin with one measured pass."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints must not stand between the answers
+    with np.load(job_file) as data:
+        job = Job(data["pixel_values"], data["input_ids"], data["image_positions"], int(data["new_tokens"]))
+    runner = peer_record(peer).make(Path(source), int(threads))
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        outputs = runner.run(job)
+        request = json.loads(line)
+        if features_file := request.get("features_file"):
+            np.save(features_file, outputs.image_features)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        answer = {"seconds": outputs.seconds, "token_ids": outputs.token_ids, "peak_bytes": peak}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,121 @@
+"""`bridgeport inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ...bundle import Bundle
+    from ...manifest import StageRecord
+    from ...models.contract import TensorSpec
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Directory that `bridgeport export` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
+) -> None:
+    """Show a bundle's stages, axes, precision, sizes, hashes and contracts; every file is verified first."""
+    from ...bundle import Bundle
+
+    loaded = Bundle.load(bundle)
+    if as_json:
+        typer.echo(json.dumps(describe(loaded), indent=2))
+        return
+    _print(loaded)
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """The manifest as plain data, with each stage's size in bytes beside it."""
+    document = bundle.manifest.model_dump(mode="json")
+    for stage, record in zip(document["stages"], bundle.manifest.stages, strict=True):
+        stage["bytes"] = stage_bytes(bundle, record)
+    return document
+
+
+def stage_bytes(bundle: Bundle, record: StageRecord) -> int:
+    """Bytes of the stage's graph and its external data."""
+    graphs = {record.file, *record.variants.values()}
+    mine = graphs | {f"{record.file}.data"}
+    return sum(file.size for file in bundle.manifest.files if file.path in mine)
+
+
+def _print(bundle: Bundle) -> None:
+    from rich.console import Console
+
+    manifest = bundle.manifest
+    console = Console()
+    console.print(f"[bold]{bundle.path}[/]  {manifest.model_kind}, for {manifest.target}, every file verified")
+    console.print(
+        f"made by bridgeport {manifest.bridgeport_version} from {manifest.checkpoint.architecture} "
+        f"(text model {manifest.checkpoint.text_model_type})"
+    )
+    for record in manifest.stages:
+        _print_stage(console, bundle, record)
+    cache, prompt, generation = manifest.kv_cache, manifest.prompt, manifest.generation
+    console.print(
+        f"\nKV cache   {cache.num_layers} layers x {cache.num_heads} heads x {cache.head_size}, {cache.dtype}, "
+        f"{'one shared buffer' if cache.shared_buffer else 'past and present apart'}"
+    )
+    console.print(
+        "picture    RGB, " + ", ".join(_step(step.model_dump()) for step in manifest.image.steps), soft_wrap=True
+    )
+    parts = [
+        f"{prompt.tokens_per_image} x {prompt.image_token} (id {prompt.image_token_id})"
+        if segment.kind == "image"
+        else f"{segment.template!r}{' with special tokens' if segment.add_special_tokens else ''}"
+        for segment in prompt.segments
+    ]
+    console.print("prompt     " + " + ".join(parts), markup=False, highlight=False)
+    console.print(f"context    {generation.context_length} tokens, stops at {list(generation.eos_token_ids)}")
+    console.print(_file_table(bundle))
+
+
+def _print_stage(console: Console, bundle: Bundle, record: StageRecord) -> None:
+    contract = record.contract
+    size = stage_bytes(bundle, record) / 2**20
+    variants = "".join(f", variant {name}" for name in record.variants)
+    console.print(
+        f"\n[bold]{contract.name}[/]  {record.precision}, opset {record.opset}, {size:,.1f} MiB, "
+        f"{record.file}{variants}",
+        highlight=False,
+    )
+    for word, specs in (("takes", contract.inputs), ("gives", contract.outputs)):
+        for spec in specs:
+            console.print(f"  {word} {_tensor(spec)}", markup=False, highlight=False, soft_wrap=True)
+            word = "     "
+    axes = ", ".join(f"{axis.name} {axis.min} to {axis.max} (tuned for {axis.opt})" for axis in contract.axes)
+    console.print(f"  axes  {axes}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _file_table(bundle: Bundle) -> Table:
+    from rich.table import Table
+
+    table = Table(title="Files", title_justify="left")
+    table.add_column("path")
+    table.add_column("bytes", justify="right")
+    table.add_column("SHA-256 (first 16 of 64)")
+    for file in bundle.manifest.files:
+        table.add_row(file.path, f"{file.size:,}", file.sha256[:16])
+    return table
+
+
+def _tensor(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype} [{', '.join(str(dim) for dim in spec.shape)}]"
+
+
+def _step(step: dict[str, Any]) -> str:
+    name = step.pop("op")
+    return f"{name}({', '.join(f'{key}={_number(value)}' for key, value in step.items())})"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(_number(item) for item in value) + ")"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

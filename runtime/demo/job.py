@@ -1,0 +1,142 @@
+"""What `bridgeport demo` computes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.small import checkpoint_path
+from ...models.small.pictures import Example, held_out
+
+if TYPE_CHECKING:
+    from ..parity import ParityReport
+    from ..pipeline import Pipeline
+
+PRECISIONS = ("fp32", "int4")
+_BATCH = 50
+
+Asked = tuple[Any, str, str]  # picture, prompt, expected text
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question (an empty prompt asks for the caption), what is right and what the bundle said."""
+
+    picture: str
+    prompt: str
+    expected: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact matches of one way to run the model, out of `pictures` captions and `questions` answers."""
+
+    label: str
+    captions: int
+    answers: int
+    pictures: int
+    questions: int
+    seconds: float
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Everything that the demo prints. `bundles` maps a precision to its bundle, while that is kept."""
+
+    shown: tuple[Answered, ...]
+    parity: ParityReport
+    scores: tuple[Score, ...]
+    bundles: dict[str, Path]
+
+
+def run_demo(folder: Path, *, pictures: int, progress: Callable[[str], None]) -> DemoReport:
+    """Export the shipped checkpoint in each precision into `folder`, run it on held-out pictures, compare and score.
+
+    `pictures`: how many held-out pictures the accuracy is taken over. Writes the shown pictures beside the bundles.
+    """
+    from ...export import export_checkpoint
+    from ..parity import check_parity
+    from ..pipeline import Pipeline
+
+    checkpoint = checkpoint_path()
+    examples = held_out(pictures)
+    bundles = {precision: folder / precision for precision in PRECISIONS}
+    for precision, bundle in bundles.items():
+        progress(f"exporting {precision}")
+        export_checkpoint(checkpoint, bundle, precision=precision)
+    progress("comparing with PyTorch, stage by stage")
+    parity = check_parity(bundles["fp32"], checkpoint)
+    progress("scoring PyTorch")
+    scores = [_score("PyTorch FP32", _torch_texts(checkpoint), examples, _megabytes(checkpoint))]
+    shown: tuple[Answered, ...] = ()
+    for precision, bundle in bundles.items():
+        progress(f"scoring Bridgeport {precision}")
+        with Pipeline.load(bundle) as pipeline:
+            label = f"Bridgeport {precision.upper()}" + (" language model" if precision == "int4" else "")
+            scores.append(_score(label, _bundle_texts(pipeline), examples, _megabytes(bundle)))
+            if not shown:
+                shown = _show(pipeline, examples[:3], folder)
+    return DemoReport(shown, parity, tuple(scores), bundles)
+
+
+def _show(pipeline: Pipeline, examples: Sequence[Example], folder: Path) -> tuple[Answered, ...]:
+    answered = []
+    for number, example in enumerate(examples):
+        file = folder / f"picture-{number}.png"
+        example.image.save(file)
+        question = example.questions[number % len(example.questions)]
+        for prompt, expected in (("", example.caption), (question.prompt, question.answer)):
+            answered.append(Answered(file.name, prompt, expected, pipeline.generate(file, prompt).text.strip()))
+    return tuple(answered)
+
+
+def _score(
+    label: str, texts: Callable[[Sequence[Asked]], list[str]], examples: Sequence[Example], megabytes: float
+) -> Score:
+    captions: list[Asked] = [(example.image, "", example.caption) for example in examples]
+    questions: list[Asked] = [(e.image, asked.prompt, asked.answer) for e in examples for asked in e.questions]
+    start = time.perf_counter()
+    right_captions, right_answers = (
+        sum(text.strip() == expected for text, (_, _, expected) in zip(texts(asked), asked, strict=True))
+        for asked in (captions, questions)
+    )
+    seconds = time.perf_counter() - start
+    return Score(label, right_captions, right_answers, len(captions), len(questions), seconds, megabytes)
+
+
+def _bundle_texts(pipeline: Pipeline) -> Callable[[Sequence[Asked]], list[str]]:
+    def texts(asked: Sequence[Asked]) -> list[str]:
+        found = []
+        for start in range(0, len(asked), _BATCH):
+            part = asked[start : start + _BATCH]
+            results = pipeline.generate([image for image, _, _ in part], [prompt for _, prompt, _ in part])
+            found += [result.text for result in results]
+        return found
+
+    return texts
+
+
+def _torch_texts(checkpoint: Path) -> Callable[[Sequence[Asked]], list[str]]:
+    from ...models.small.evaluate import generate_texts, load
+
+    model, processor = load(checkpoint)
+
+    def texts(asked: Sequence[Asked]) -> list[str]:
+        found = []
+        for start in range(0, len(asked), _BATCH):
+            part = asked[start : start + _BATCH]
+            found += generate_texts(
+                model, processor, [image for image, _, _ in part], [prompt for _, prompt, _ in part]
+            )
+        return found
+
+    return texts
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6

@@ -1,0 +1,90 @@
+"""ONNX files to ONNX Runtime sessions, on a device that the caller names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import DependencyError, EngineError, InputError
+
+# Device name -> execution provider. The CPU stays behind every other one, for operators that it lacks.
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a session computes: `type` is a key of `PROVIDERS`, `index` counts from 0."""
+
+    type: str = "cpu"
+    index: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """ "cpu", "cuda" or "cuda:1"; InputError for anything else."""
+        match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", text)
+        if match is None or (match[1] == "cpu" and match[2] not in (None, "0")):
+            raise InputError(f"device {text!r} is unknown; accepted are cpu, cuda and cuda:N")
+        return cls(match[1], int(match[2] or 0))
+
+    @property
+    def providers(self) -> list[Any]:
+        """For `InferenceSession(providers=...)`."""
+        if self.type == "cpu":
+            return [PROVIDERS["cpu"]]
+        return [(PROVIDERS[self.type], {"device_id": str(self.index)}), PROVIDERS["cpu"]]
+
+
+def load_session(file: Path, device: Device, *, threads: int | None = None) -> Any:
+    """An `InferenceSession` of the graph `file`.
+
+    `threads`: threads inside an operator, None for all cores. Raises DependencyError when ONNX Runtime or its
+    provider for `device` is missing (it would fall back to the CPU silently), EngineError when the graph does
+    not load.
+    """
+    ort = import_onnxruntime()
+    provider = PROVIDERS[device.type]
+    if provider not in ort.get_available_providers():
+        raise DependencyError(
+            f"device {device.type!r} needs {provider}, but onnxruntime {ort.__version__} here has only "
+            f"{', '.join(ort.get_available_providers())}; install onnxruntime-gpu or use the device cpu"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors alone: they come as exceptions too
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(str(file), options, providers=device.providers)
+    except onnxruntime_errors() as error:
+        raise EngineError(f"{file} does not load: {first_line(error)}; export the bundle again") from error
+    if session.get_providers()[0] != provider:
+        raise DependencyError(
+            f"device {device.type!r}: {provider} did not start (a CUDA or cuDNN library is missing or too "
+            "old); see `bridgeport doctor`, or use the device cpu"
+        )
+    return session
+
+
+def import_onnxruntime() -> Any:
+    """The module `onnxruntime`; DependencyError says how to install it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DependencyError(
+            f"running a bundle needs onnxruntime ({error}); install it with `pip install 'bridgeport[cpu]'`"
+        ) from error
+    return onnxruntime
+
+
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """All exceptions that ONNX Runtime raises; they have no common base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (*own, RuntimeError, ValueError)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message of ONNX Runtime, without its prefix of codes."""
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", str(error).strip().split("\n", 1)[0])

@@ -1,0 +1,249 @@
+"""The parity check from beginning to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...bundle import Bundle, sha256
+from ...errors import BridgeportError, DependencyError, InputError
+from ..processor import load_image
+from .audit import audit_epsilons, audit_int4_weights
+from .gates import INT4_SAME_WEIGHTS, ChosenGates, choose_gates
+from .locate import drill_into
+from .metrics import compare, unreached
+from .names import find_probes
+from .pictures import default_pictures, default_prompts
+from .report import CaseReport, Measurement, ParityReport, StageReport
+from .stages import BundleStages, Case, Differences, run_chained, run_isolated
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .drill import DrillReport
+    from .reference import Reference, ReferenceValues
+
+MAX_NEW_TOKENS = 16
+Reports = tuple[StageReport, ...]
+_VERSIONS = ("bridgeport", "onnxruntime", "torch", "transformers", "numpy", "pillow", "tokenizers")
+
+
+def check_parity(
+    bundle: Bundle | str | Path,
+    checkpoint: str | Path,
+    *,
+    images: Sequence[str | Path | Image.Image] | None = None,
+    prompts: Sequence[str] | None = None,
+    drill: bool = False,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> ParityReport:
+    """Run every stage of `bundle` against the same stage of `checkpoint` in transformers, FP32, on the CPU.
+
+    Each stage runs isolated, fed PyTorch's input, and chained, fed what the bundle computed before; all cases
+    in one batch, so that padding and row positions are checked too. There is a case for each picture and each
+    prompt; the shorter list is repeated. `images`: files or Pillow pictures, default a set that tells resize
+    filters apart. `prompts`: default the empty one and a question. `drill`: inside the first stage that
+    diverges, find the first node that does. `device`, `threads`: where and how the bundle runs, as for
+    `Pipeline.load`.
+
+    Raises BundleError, CheckpointError, InputError and their kin for what cannot be compared. A bundle that
+    is not equal is no error: see `ParityReport.passed`.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; accepted is 1 or more")
+    _need_libraries()
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    gates = choose_gates(loaded.manifest)
+    cases = make_cases(images, prompts)
+
+    from ..pipeline import Pipeline
+    from .reference import Reference
+
+    reference = Reference.load(checkpoint)
+    values = [reference.run(case.image, case.prompt, max_new_tokens) for case in cases]
+    _check_length(loaded, values, max_new_tokens)
+    with Pipeline.load(loaded, device=device, threads=threads) as pipeline:
+        check = _Check(loaded, BundleStages(pipeline), reference, cases, values)
+        isolated = run_isolated(check.stages, cases, values)
+        chained, tokens = run_chained(check.stages, cases, values, max_new_tokens)
+        reports = check.add_findings(_stage_reports(gates, cases, isolated, chained))
+        if loaded.manifest.stage("llm").precision == "int4":
+            reports = check.add_same_weights(reports)
+        found = check.drill(reports) if drill else None
+    return ParityReport(
+        bundle=str(loaded.path),
+        checkpoint=str(checkpoint),
+        stages=reports,
+        cases=_case_reports(reference, cases, values, tokens),
+        same_checkpoint=_same_checkpoint(loaded, reference),
+        drill=found,
+        versions=_versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Both sides, and PyTorch's values for each case."""
+
+    bundle: Bundle
+    stages: BundleStages
+    reference: Reference
+    cases: Sequence[Case]
+    values: Sequence[ReferenceValues]
+
+    def add_findings(self, reports: Reports) -> Reports:
+        """Read the graphs: wrong epsilons, and 4-bit weights that are no rounding of the checkpoint's."""
+        import onnx
+
+        manifest, model = self.bundle.manifest, self.reference.model
+        found = {}
+        for stage in ("encoder", "connector", "llm"):
+            graph = onnx.load(str(self.bundle.graph(stage)), load_external_data=False).graph
+            found[stage] = audit_epsilons(graph, find_probes(stage, graph, manifest, self.reference), model)
+        if manifest.stage("llm").precision == "int4":
+            found["llm"] += audit_int4_weights(self.bundle.graph("llm"), model.language_model)
+        names = {"encoder": "encoder", "connector": "connector", "first_logits": "llm"}
+        return tuple(
+            replace(report, findings=found[names[report.name]]) if report.name in names else report
+            for report in reports
+        )
+
+    def add_same_weights(self, reports: Reports) -> Reports:
+        """Hold the 4-bit LLM against PyTorch with its own weights too; the reference keeps them from here on."""
+        self.reference.use_weights_of(self.bundle.graph("llm"))
+        embeds = [value.inputs_embeds for value in self.values]
+        expected = [self.reference.first_logits(row) for row in embeds]
+        try:
+            pairs = zip(expected, self.stages.first_logits(embeds), strict=True)
+            differences = [compare(*pair) for pair in pairs]
+        except BridgeportError as error:
+            differences = [unreached(str(error))] * len(self.cases)
+        labelled = dict(zip([case.label for case in self.cases], differences, strict=True))
+        measured = Measurement(labelled, INT4_SAME_WEIGHTS)
+        return tuple(
+            replace(report, same_weights=measured) if report.name == "first_logits" else report for report in reports
+        )
+
+    def drill(self, reports: Reports) -> DrillReport | None:
+        """Look into the first stage that does not pass, with the case that shows it most."""
+        first = next((report for report in reports if not report.passed), None)
+        if first is None:
+            return None
+        run = next((run for run in first.runs.values() if not run.passed), first.isolated)
+        worst = [case.label for case in self.cases].index(run.worst_case)
+        case, values = self.cases[worst], self.values[worst]
+        return drill_into(first.name, self.bundle, self.stages, self.reference, case, values, first.findings)
+
+
+def _need_libraries() -> None:
+    """DependencyError unless what the reference and the drill import is there."""
+    missing = [name for name in ("torch", "transformers", "onnx", "onnx_ir") if find_spec(name) is None]
+    if missing:
+        raise DependencyError(
+            f"parity holds a bundle against PyTorch and needs {', '.join(missing)}; install them with "
+            "`pip install 'bridgeport[export]'`"
+        )
+
+
+def make_cases(images: Sequence[str | Path | Image.Image] | None, prompts: Sequence[str] | None) -> list[Case]:
+    """Pair pictures with prompts, the shorter list repeated. Raises InputError for what is no picture."""
+    if images is not None and not images:
+        raise InputError("images is empty; give at least one picture, or None for the default ones")
+    if prompts is not None and not prompts:
+        raise InputError('prompts is empty; give at least one (may be ""), or None for the default ones')
+    pictures = default_pictures() if images is None else [_open(source) for source in images]
+    texts = default_prompts() if prompts is None else list(prompts)
+    cases = []
+    for index in range(max(len(pictures), len(texts))):
+        name, image = pictures[index % len(pictures)]
+        prompt = texts[index % len(texts)]
+        cases.append(Case(f"case {index + 1}", name, image, prompt))
+    return cases
+
+
+def _check_length(bundle: Bundle, values: Sequence[ReferenceValues], max_new_tokens: int) -> None:
+    context, longest = (
+        bundle.manifest.generation.context_length,
+        max(len(value.input_ids) for value in values),
+    )
+    if longest + max_new_tokens > context:
+        raise InputError(
+            f"a prompt has {longest} tokens (the picture's included) and max_new_tokens is {max_new_tokens}, but the "
+            f"context holds {context}; shorten the prompt or ask for fewer tokens"
+        )
+
+
+def _open(source: str | Path | Image.Image) -> tuple[str, Image.Image]:
+    """The picture as transformers gets it: upright, its mode kept. Refused is what the run time refuses."""
+    from PIL import Image, ImageOps
+
+    load_image(source)
+    if isinstance(source, Image.Image):
+        return _describe("picture", source), ImageOps.exif_transpose(source)
+    with Image.open(source) as image:
+        image.load()
+        return _describe(Path(source).name, image), ImageOps.exif_transpose(image)
+
+
+def _describe(name: str, image: Image.Image) -> str:
+    return f"{name}, {image.width}x{image.height} {image.mode}"
+
+
+def _stage_reports(
+    gates: Sequence[ChosenGates], cases: Sequence[Case], isolated: Differences, chained: Differences
+) -> Reports:
+    labels = [case.label for case in cases]
+    return tuple(
+        StageReport(
+            gate.stage.name,
+            gate.precision,
+            Measurement(dict(zip(labels, isolated[gate.stage.name], strict=True)), gate.isolated),
+            Measurement(dict(zip(labels, chained[gate.stage.name], strict=True)), gate.chained),
+        )
+        for gate in gates
+    )
+
+
+def _case_reports(
+    reference: Reference,
+    cases: Sequence[Case],
+    values: Sequence[ReferenceValues],
+    tokens: Sequence[Sequence[int]],
+) -> tuple[CaseReport, ...]:
+    return tuple(
+        CaseReport(
+            case.label,
+            case.picture,
+            case.prompt,
+            reference.decode(value.token_ids),
+            reference.decode(list(row)),
+            tuple(value.token_ids),
+            tuple(row),
+        )
+        for case, value, row in zip(cases, values, tokens, strict=True)
+    )
+
+
+def _same_checkpoint(bundle: Bundle, reference: Reference) -> bool | None:
+    """Whether the checkpoint's files are those that the bundle names; None when it names none."""
+    named = bundle.manifest.checkpoint.sha256
+    if not named:
+        return None
+    found = {path.name: path for path in reference.checkpoint.files}
+    return set(named) == set(found) and all(sha256(found[name]) == digest for name, digest in named.items())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

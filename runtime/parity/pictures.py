@@ -1,0 +1,33 @@
+"""The pictures and prompts that a parity check uses when it is given none.
+
+A picture that is smooth, square or of the model's own size hides a wrong resize filter; so these have hard
+edges, odd sizes and several modes, one is enlarged and one shrunk. The flat gray one hides nothing of
+normalisation.
+"""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from ...models.small.pictures import held_out
+
+QUESTION = "Question: what colour is the shape? Answer:"
+GRAY = 128
+
+
+def default_pictures() -> list[tuple[str, Image.Image]]:
+    """(description, picture), the same ones every time."""
+    scenes = [example.image for example in held_out(4)]
+    odd = scenes[0].crop((0, 0, scenes[0].width - 5, scenes[0].height - 3))
+    large = scenes[1].resize((scenes[1].width * 3 + 1, scenes[1].height * 2 + 1), Image.Resampling.NEAREST)
+    palette = scenes[2].quantize(16)
+    gray_scale = scenes[3].convert("L").crop((3, 5, 60, 48))
+    flat = Image.new("RGB", (61, 47), (GRAY, GRAY, GRAY))
+    pictures = [("scene", odd), ("enlarged scene", large), ("palette scene", palette)]
+    pictures += [("gray-scale cut-out", gray_scale), ("flat gray", flat)]
+    return [(f"{name}, {picture.width}x{picture.height} {picture.mode}", picture) for name, picture in pictures]
+
+
+def default_prompts() -> list[str]:
+    """The empty prompt, which asks for a caption, and a question."""
+    return ["", QUESTION]

@@ -1,0 +1,50 @@
+"""`bridgeport export`: what goes to stdout, what to stderr, and the exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.checkpoints import write_blip2_checkpoint
+
+from bridgeport.cli import main
+
+
+def test_json_is_alone_on_stdout_and_progress_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpoint = write_blip2_checkpoint(tmp_path / "checkpoint", vision_layers=1, qformer_layers=1, num_layers=1)
+    capfd.readouterr()
+    assert main(["export", str(checkpoint), "-o", str(tmp_path / "bundle"), "--json"]) == 0
+    out, err = capfd.readouterr()
+    summary = json.loads(out)
+    assert [stage["name"] for stage in summary["stages"]] == ["encoder", "connector", "embed_tokens", "llm"]
+    assert summary["checks"]["stages"]["encoder"]["onnxruntime"]["max_abs"] < 1e-4
+    assert "encoder: exporting" in err
+    # Nothing of what exporters print or log.
+    assert "torchvision" not in out + err
+    assert "torch.onnx" not in out + err
+    assert "INFO" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "-o", "bundle"], "nowhere does not exist; a checkpoint is a local directory"),
+        (["nowhere", "-o", "bundle", "--precision", "int8"], "precision int8 is not built yet; accepted now are"),
+        (["nowhere", "-o", "bundle", "--target", "tensorrt"], "target tensorrt is not built yet; accepted now are cpu"),
+        (["nowhere"], "Missing option"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
