@@ -98,7 +98,7 @@ def check_structure(
 
 def check_equality(path: Path, references: Sequence[Reference], *, stage: str, output: str) -> dict[str, Any]:
     """ONNX Runtime's `output` against PyTorch's for every reference; raises ExportError with max, mean and where."""
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     # A packed second copy of every weight pays off over many runs, not over three.

@@ -24,6 +24,24 @@ def blip2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 @pytest.fixture(scope="session")
+def blip2_bundle(
+    blip2_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The FP32 bundle of the checkpoint that `TEXT_CONFIGS` has under a name, exported once; do not change it."""
+    from bridgeport.export import export_checkpoint
+
+    written: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in written:
+            out = tmp_path_factory.mktemp(f"{name}-bundle") / "bundle"
+            written[name] = export_checkpoint(blip2_checkpoint(name), out).path
+        return written[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def retrieval_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random `Blip2ForImageTextRetrieval`, written once; do not change it."""
     from tests.checkpoints import write_retrieval_checkpoint

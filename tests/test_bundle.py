@@ -12,6 +12,8 @@ from typing import Any
 
 import onnx
 import pytest
+from onnx import TensorProto, helper
+
 from bridgeport.bundle import Bundle, is_bundle, sha256, staged_directory, write_manifest
 from bridgeport.errors import BundleError, BundleIntegrityError, BundleSchemaError, OutputError
 from bridgeport.manifest import (
@@ -27,7 +29,6 @@ from bridgeport.manifest import (
     TextSegment,
 )
 from bridgeport.models.contract import Axis, KvCacheContract, StageContract, TensorSpec
-from onnx import TensorProto, helper
 
 STAGES: tuple[Any, ...] = ("encoder", "connector", "embed_tokens", "llm")
 
@@ -107,7 +108,7 @@ def bundle(tmp_path: Path) -> Path:
     return root
 
 
-def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     file = bundle / "manifest.json"
     document = json.loads(file.read_text())
     change(document)
@@ -126,9 +127,12 @@ def test_a_whole_bundle_loads(bundle: Path) -> None:
     assert loaded.graph("llm") == bundle / "llm" / "model.onnx"
     assert loaded.graph("connector", "attention") == bundle / "connector" / "attention.onnx"
     assert loaded.manifest.stage("encoder").contract.axis("batch").max == 4
-    for unknown in (lambda: loaded.file("other"), lambda: loaded.graph("vision"), lambda: loaded.graph("llm", "x")):
-        with pytest.raises(KeyError):
-            unknown()
+    with pytest.raises(KeyError):
+        loaded.file("other")
+    with pytest.raises(KeyError):
+        loaded.graph("vision")
+    with pytest.raises(KeyError):
+        loaded.graph("llm", "other")
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
@@ -279,17 +283,22 @@ def test_a_staged_directory_appears_whole(tmp_path: Path) -> None:
     assert stat.S_IMODE(target.stat().st_mode) == 0o755
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), staged_directory(tmp_path / "bundle") as staging:
+def stage_and_fail(target: Path, error: Exception, **options: Any) -> None:
+    """Write half a bundle, then raise `error`."""
+    with staged_directory(target, **options) as staging:
         (staging / "half").write_text("x")
-        _ = 1 / 0
+        raise error
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        stage_and_fail(tmp_path / "bundle", ZeroDivisionError())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_the_old_bundle(bundle: Path) -> None:
-    with pytest.raises(ZeroDivisionError), staged_directory(bundle, force=True) as staging:
-        (staging / "half").write_text("x")
-        _ = 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        stage_and_fail(bundle, ZeroDivisionError(), force=True)
     Bundle.load(bundle)
     assert list(bundle.parent.iterdir()) == [bundle]
 
@@ -338,12 +347,8 @@ def test_what_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk(tmp_path: Path, number: int) -> None:
-    with (
-        pytest.raises(OutputError, match=r"the disk is full: .*/bundle was not written; free some space"),
-        staged_directory(tmp_path / "bundle") as staging,
-    ):
-        (staging / "half").write_text("x")
-        raise OSError(number, os.strerror(number), str(staging / "half"))
+    with pytest.raises(OutputError, match=r"the disk is full: .*/bundle was not written; free some space"):
+        stage_and_fail(tmp_path / "bundle", OSError(number, os.strerror(number), "half"))
     assert list(tmp_path.iterdir()) == []
 
 

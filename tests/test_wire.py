@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
-from bridgeport._wire import external_data_locations
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
+
+from bridgeport._wire import external_data_locations
 
 
 def external(location: str) -> TensorProto:
@@ -17,7 +19,7 @@ def external(location: str) -> TensorProto:
     return tensor
 
 
-def node_with(**attribute: object) -> NodeProto:
+def node_with(**attribute: Any) -> NodeProto:
     node = NodeProto(op_type="Constant", output=["c"])
     node.attribute.append(AttributeProto(name="value", **attribute))
     return node

@@ -40,13 +40,8 @@ def export(
     # Bound to this stderr: exporters print, and what they print is caught by swapping sys.stderr.
     console = Console(file=sys.stderr)
     started = time.perf_counter()
+    # Nothing but an error is printed when stderr is no terminal.
     with console.status("starting") as status:
-
-        def show(step: str) -> None:
-            status.update(step)
-            if not console.is_terminal:
-                console.print(step, markup=False, highlight=False)
-
         from .. import export_checkpoint
 
         bundle = export_checkpoint(
@@ -57,7 +52,7 @@ def export(
             calibration=calibration,
             force=force,
             allow_pickle=allow_pickle,
-            progress=show,
+            progress=status.update,
         )
     summary = summarize(bundle, time.perf_counter() - started)
     if as_json:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 
+from ...errors import ExportError
 from ...models.contract import KvCacheContract
 from ..graph import OPSET, fold_constants, save_graph
 from ..passes import GraphPass, PassResult, apply_passes
@@ -27,6 +28,8 @@ from .int4 import quantize_matmuls
 if TYPE_CHECKING:
     from ...models.checkpoint import VisionLanguageModel
 
+# Rope types whose frequencies do not depend on how long the prompt is; a trace holds one set of them.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # The traced example: batch, new tokens, cached tokens. All at least 2 and different, so that none is baked in or
 # taken for another.
 _BATCH, _TOKENS, _PAST = 2, 3, 5
@@ -36,6 +39,9 @@ def accepts(text_config: Any, cache: KvCacheContract) -> str | None:
     """None, or why a decoder cannot be made this way."""
     if cache.head_size % 8:
         return f"head size {cache.head_size}: GroupQueryAttention takes multiples of 8"
+    rope = (getattr(text_config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _ROPE_TYPES:
+        return f"rope_type {rope!r}; a trace holds {', '.join(_ROPE_TYPES)}"
     if text_config.max_position_embeddings < _TOKENS + _PAST:
         return f"max_position_embeddings {text_config.max_position_embeddings} is below {_TOKENS + _PAST}"
     return None
@@ -93,9 +99,17 @@ def _trace(llm: Any, text_config: Any, cache: KvCacheContract) -> ir.Model:
         "past_key_values": [{0: auto, 2: auto}] * (2 * cache.num_layers),
     }
     config = OnnxConfig(opset_version=OPSET, optimize=False, dynamic_shapes=shapes)
-    with quiet_exporters():
-        exporter: Any = OnnxExporter  # its constructor is not typed
-        traced: tuple[ir.Model, object] = exporter().export_program(llm, inputs, config)
+    exporter: Any = OnnxExporter  # its constructor is not typed
+    try:
+        with quiet_exporters():
+            traced: tuple[ir.Model, object] = exporter().export_program(llm, inputs, config)
+    except RuntimeError as error:
+        # torch.export and torch.onnx have many errors, all of them RuntimeErrors, of many lines.
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(
+            f"stage llm: transformers.exporters cannot trace this {text_config.model_type} model ({reason}); it needs "
+            "another text model or another version of transformers"
+        ) from error
     return traced[0]
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from ...models.checkpoint import VisionLanguageModel
 
 DECODER = "decoder.onnx"
-# Rope types that the builder computes as transformers does.
-_ROPE_TYPES = ("default", "linear", "llama3")
+# Rope types that the builder (0.18.0) computes as transformers does. It takes "linear" too, and then leaves its factor
+# out for Llama: logits off by 5 of 6.
+_ROPE_TYPES = ("default", "llama3")
 # Symmetric blocks of 32 weights; activations are quantised to INT8 inside the operator (accuracy_level 4), which is
 # what makes it fast on CPUs with VNNI.
 BLOCK_SIZE = 32
@@ -32,6 +33,10 @@ def accepts(text_config: Any, cache: KvCacheContract) -> str | None:
     """None, or why the builder cannot make this decoder."""
     if cache.head_size % 16:
         return f"head size {cache.head_size}: rotary embedding inside its attention takes multiples of 16"
+    widths = (text_config.hidden_size, text_config.intermediate_size, text_config.num_attention_heads * cache.head_size)
+    if text_config.vocab_size in (*widths, cache.num_heads * cache.head_size):
+        # It finds the LM head by its width, so it would take another projection for it and say nothing.
+        return f"vocab_size {text_config.vocab_size} is also the width of another projection"
     rope = (text_config.rope_parameters or {}).get("rope_type", "default")
     if rope not in _ROPE_TYPES:
         return f"rope_type {rope!r}; it computes {', '.join(_ROPE_TYPES)}"
@@ -74,7 +79,7 @@ def _create(source: Path, target: Path, cache: Path, precision: str) -> None:
     where = (str(source), str(source), str(target), precision, "cpu", str(cache))
     with quiet_exporters(stderr=True):
         # Inside the block, because the import itself sets up logging.
-        from onnxruntime_genai.models.builder import (  # type: ignore[import-untyped]
+        from onnxruntime_genai.models.builder import (
             create_model,
             parse_extra_options,
         )

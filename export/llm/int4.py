@@ -17,7 +17,7 @@ def quantize_matmuls(model: ir.Model) -> ir.Model:
     scopes = {node.name: node.metadata_props[SCOPES] for node in model.graph if SCOPES in node.metadata_props}
     with quiet_exporters(stderr=True):
         # Inside the block, because the import itself sets up logging.
-        from onnxruntime.quantization.matmul_nbits_quantizer import (  # type: ignore[import-untyped]
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
             MatMulNBitsQuantizer,
         )
 

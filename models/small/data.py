@@ -33,6 +33,7 @@ class PictureSet:
 
     pixels: Tensor
     kinds: Tensor
+    cells: Tensor
     colors: Tensor
     coverage: Tensor
     backgrounds: Tensor
@@ -48,6 +49,7 @@ class PictureSet:
         return cls(
             pixels=torch.cat([part.pixels for part in parts]),
             kinds=torch.cat([part.kinds for part in parts]),
+            cells=torch.cat([part.cells for part in parts]),
             colors=torch.cat([part.colors for part in parts]),
             coverage=torch.cat([part.coverage for part in parts]),
             backgrounds=torch.cat([part.backgrounds for part in parts]),
@@ -82,15 +84,18 @@ def tensorize(examples: Sequence[Example], sizes: Sizes) -> PictureSet:
     shares = torch.stack([patch_coverage(example, sizes) for example in examples])
     kind = torch.zeros(len(examples), 4, dtype=torch.long)
     color = torch.zeros(len(examples), 4, dtype=torch.long)
+    cell = torch.full((len(examples), 4), -1)
     for i, example in enumerate(examples):
         for number, shape in enumerate(example.scene.shapes, start=1):
             kind[i, number] = 1 + KINDS.index(shape.kind)
+            cell[i, number] = shape.cell
             color[i, number] = 1 + COLORS.index(shape.color)
     most, owner = shares.max(dim=1)
     owner = torch.where(most >= MIN_COVERAGE, owner + 1, 0)
     return PictureSet(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         kinds=kind.gather(1, owner),
+        cells=cell.gather(1, owner),
         colors=color.gather(1, owner),
         coverage=shares.sum(dim=1),
         backgrounds=torch.tensor([BACKGROUNDS.index(example.scene.background) for example in examples]),

@@ -9,7 +9,7 @@ from transformers import Blip2VisionConfig, Blip2VisionModel
 
 from .data import PictureSet, pixel_values
 from .recipe import Recipe, Sizes
-from .scenes import BACKGROUNDS, COLORS, KINDS
+from .scenes import BACKGROUNDS, CELLS, COLORS, KINDS
 from .trainer import LossOf
 
 
@@ -50,12 +50,14 @@ class LabelledEncoder(nn.Module):
             self.vision.embeddings.position_embedding[0, 1:] = position_embeddings(sizes)
         self.kind = nn.Linear(sizes.vision_width, len(KINDS))
         self.color = nn.Linear(sizes.vision_width, 1 + len(COLORS))
+        self.cell = nn.Linear(sizes.vision_width, len(CELLS))
         self.background = nn.Linear(sizes.vision_width, len(BACKGROUNDS))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """uint8 ``[B, 3, S, S]`` to logits: kind ``[B, P, 5]``, colour ``[B, P, 7]``, ground ``[B, 4]``."""
         tokens = self.vision(pixel_values(pixels)).last_hidden_state
-        return self.kind(tokens[:, 1:]), self.color(tokens[:, 1:]), self.background(tokens[:, 0])
+        patches = tokens[:, 1:]
+        return self.kind(patches), self.color(patches), self.cell(patches), self.background(tokens[:, 0])
 
 
 def encoder_loss(model: LabelledEncoder, pictures: PictureSet, recipe: Recipe) -> LossOf:
@@ -63,10 +65,12 @@ def encoder_loss(model: LabelledEncoder, pictures: PictureSet, recipe: Recipe) -
 
     def loss_of(generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(pictures), (recipe.encoder.batch,), generator=generator)
-        kind, color, background = model(pictures.pixels[rows])
+        kind, color, cell, background = model(pictures.pixels[rows])
         return {
-            # Of patches with a shape alone: among all patches, nine in ten empty, this loss would drown.
+            # Of patches with a shape alone (so is the cell): among all patches, nine in ten empty, this loss
+            # would drown.
             "shape": F.cross_entropy(kind.flatten(0, 1), pictures.kinds[rows].flatten() - 1, ignore_index=-1),
+            "cell": F.cross_entropy(cell.flatten(0, 1), pictures.cells[rows].flatten(), ignore_index=-1),
             "color": F.cross_entropy(color.flatten(0, 1), pictures.colors[rows].flatten()),
             "background": F.cross_entropy(background, pictures.backgrounds[rows]),
         }

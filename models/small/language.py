@@ -45,8 +45,9 @@ def completion_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def context_loss(model: Any, context: Tensor, packed: Packed) -> Tensor:
     """Cross-entropy of the completions that follow a context of embeddings ``[B, C, D]``."""
     embeds = torch.cat([context, model.get_input_embeddings()(packed.ids)], dim=1)
-    out = model(inputs_embeds=embeds, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False)
-    # The context's last token is not counted: it would predict <s>, whose label is -100.
+    out = model(
+        inputs_embeds=embeds, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
+    )  # The context's last token is not counted: it would predict <s>, whose label is -100.
     return completion_loss(out.logits[:, context.shape[1] :], packed.labels)
 
 
@@ -57,7 +58,8 @@ def language_loss(model: LlamaForCausalLM, codec: TextCodec, recipe: Recipe) -> 
     def loss_of(generator: torch.Generator) -> dict[str, Tensor]:
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         texts = [training_text(codec, rng, slots) for _ in range(recipe.language.batch)]
-        context = model.get_input_embeddings()(torch.tensor([facts for facts, _ in texts]))
+        # <pad> fills the bags: its embedding is zero and stays so.
+        context = model.get_input_embeddings()(torch.tensor([facts for facts, _ in texts])).sum(dim=2)
         noise = torch.randn(context.shape, generator=generator) * context.detach().std() * CONTEXT_NOISE
         packed = pack([sentences for _, sentences in texts], slots)
         return {"text": context_loss(model, context + noise, packed)}

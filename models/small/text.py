@@ -1,9 +1,10 @@
 """Text of the small world: the tokenizer, and the context-then-question texts that the language model learns.
 
 The language model learns to read a scene off a *context* that stands where the image tokens will stand,
-before the beginning of the sentence. On text alone this context is a list of facts in words; stage 2 of
-BLIP-2 then only has to put vectors there that read like such facts (Tsimpoukelli et al. 2021, arXiv
-2106.13884, "Frozen"; BLIP-2 section 3.3).
+before the beginning of the sentence. On text alone this context is made of bags of words, one vector each
+(the sum of the words' embeddings); stage 2 of BLIP-2 then only has to put vectors there that read like such
+bags (Tsimpoukelli et al. 2021, arXiv 2106.13884, "Frozen"; BLIP-2 section 3.3). A bag holds what one query
+finds in one place.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = range(4)
 VOCAB_SIZE = 448
 MAX_TEXT_TOKENS = 48
 QUESTIONS_PER_TEXT = 6
+BAG = 4
 
 
 # ``(ids, labels)``; a label is -100 where the loss does not count.
@@ -91,21 +93,20 @@ class TextCodec:
         tail = [*(self.ids(f" {completion}") if prompt else self.ids(completion)), EOS_ID]
         return head + tail, [-100] * len(head) + tail
 
-    def facts(self, scene: Scene, rng: random.Random, slots: int) -> list[int]:
-        """Exactly ``slots`` ids that say what the scene shows, e.g. ``red circle top left, , blue cross top,
-        gray,``.
+    def facts(self, scene: Scene, rng: random.Random, slots: int) -> list[list[int]]:
+        """What the scene shows, as ``slots`` bags of at most :data:`BAG` words each (padded with ``<pad>``).
 
-        In reading order half of the time, else shuffled; commas fill up at random places.
+        One bag per shape, e.g. ``{red, circle, top, left}``, one for the background, each in one to three
+        slots drawn at random; a comma fills the others. As the order tells nothing, the reader learns to go
+        by places.
         """
-        order = [f" {shape.name} {CELLS[shape.cell]}" for shape in scene.shapes]
-        if rng.random() < 0.5:
-            rng.shuffle(order)
-        order.insert(rng.choice((0, len(order))), f" {scene.background}")
-        pieces = [self.ids(text) for text in order]
+        bags = [self.ids(f" {shape.name} {CELLS[shape.cell]}") for shape in scene.shapes]
+        bags.append(self.ids(f" {scene.background}"))
         comma = self.ids(",")
-        for _ in range(slots - sum(map(len, pieces))):
-            pieces.insert(rng.randint(0, len(pieces)), comma)
-        return [token for piece in pieces for token in piece][:slots]
+        filled = [bag for bag in bags for _ in range(rng.randint(1, 3))][:slots]
+        filled += [comma] * (slots - len(filled))
+        rng.shuffle(filled)
+        return [[*bag, *[PAD_ID] * (BAG - len(bag))] for bag in filled]
 
 
 def sentences(codec: TextCodec, scene: Scene, questions: Sequence[Question]) -> list[Sentence]:
@@ -113,7 +114,7 @@ def sentences(codec: TextCodec, scene: Scene, questions: Sequence[Question]) -> 
     return [codec.sentence("", scene.caption), *(codec.sentence(q.prompt, q.answer) for q in questions)]
 
 
-def training_text(codec: TextCodec, rng: random.Random, slots: int) -> tuple[list[int], list[Sentence]]:
+def training_text(codec: TextCodec, rng: random.Random, slots: int) -> tuple[list[list[int]], list[Sentence]]:
     """Facts and the sentences to be read off them, for the language model."""
     scene = sample_scene(rng)
     asked = sample_questions(scene, rng, QUESTIONS_PER_TEXT)

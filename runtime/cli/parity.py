@@ -25,7 +25,7 @@ def parity(
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write the report with a picture of the errors here.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to compare.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to compare.")] = 24,
     device: Annotated[str, typer.Option("--device", help="Where the bundle runs: cpu, cuda or cuda:N.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...bundle import Bundle, sha256
-from ...errors import BridgeportError, DependencyError, InputError
+from ...errors import DependencyError, InputError
 from ..processor import load_image
 from .audit import audit_epsilons, audit_int4_weights
-from .gates import INT4_SAME_WEIGHTS, ChosenGates, choose_gates
-from .locate import drill_into
-from .metrics import compare, unreached
+from .drill import DrillReport, GraphRun
+from .gates import FP32_LOGITS, ChosenGates, choose_gates
+from .locate import drill_into, llm_feeds
+from .metrics import compare
 from .names import find_probes
 from .pictures import default_pictures, default_prompts
 from .report import CaseReport, Measurement, ParityReport, StageReport
@@ -24,10 +25,9 @@ from .stages import BundleStages, Case, Differences, run_chained, run_isolated
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .drill import DrillReport
     from .reference import Reference, ReferenceValues
 
-MAX_NEW_TOKENS = 16
+MAX_NEW_TOKENS = 24
 Reports = tuple[StageReport, ...]
 _VERSIONS = ("bridgeport", "onnxruntime", "torch", "transformers", "numpy", "pillow", "tokenizers")
 
@@ -66,6 +66,7 @@ def check_parity(
     from .reference import Reference
 
     reference = Reference.load(checkpoint)
+    _check_same_shapes(loaded, reference)
     values = [reference.run(case.image, case.prompt, max_new_tokens) for case in cases]
     _check_length(loaded, values, max_new_tokens)
     with Pipeline.load(loaded, device=device, threads=threads) as pipeline:
@@ -115,17 +116,24 @@ class _Check:
         )
 
     def add_same_weights(self, reports: Reports) -> Reports:
-        """Hold the 4-bit LLM against PyTorch with its own weights too; the reference keeps them from here on."""
-        self.reference.use_weights_of(self.bundle.graph("llm"))
-        embeds = [value.inputs_embeds for value in self.values]
-        expected = [self.reference.first_logits(row) for row in embeds]
-        try:
-            pairs = zip(expected, self.stages.first_logits(embeds), strict=True)
-            differences = [compare(*pair) for pair in pairs]
-        except BridgeportError as error:
-            differences = [unreached(str(error))] * len(self.cases)
-        labelled = dict(zip([case.label for case in self.cases], differences, strict=True))
-        measured = Measurement(labelled, INT4_SAME_WEIGHTS)
+        """Hold the 4-bit graph, activations not rounded, against PyTorch with the graph's own weights.
+
+        Then nothing is left but FP32 rounding, and a wrong graph does not pass for quantisation. The reference keeps
+        these weights from here on.
+        """
+        import onnx
+
+        path = self.bundle.graph("llm")
+        self.reference.use_weights_of(path)
+        run = GraphRun(onnx.load(str(path), load_external_data=False), path.parent, ["logits"])
+        cases = {
+            case.label: compare(
+                self.reference.first_logits(value.inputs_embeds),
+                run(llm_feeds(self.bundle.manifest, value.inputs_embeds))["logits"][0],
+            )
+            for case, value in zip(self.cases, self.values, strict=True)
+        }
+        measured = Measurement(cases, FP32_LOGITS)
         return tuple(
             replace(report, same_weights=measured) if report.name == "first_logits" else report for report in reports
         )
@@ -148,6 +156,25 @@ def _need_libraries() -> None:
         raise DependencyError(
             f"parity holds a bundle against PyTorch and needs {', '.join(missing)}; install them with "
             "`pip install 'bridgeport[export]'`"
+        )
+
+
+def _check_same_shapes(bundle: Bundle, reference: Reference) -> None:
+    """A checkpoint of other sizes cannot be compared with; one of other weights can, and shows."""
+    for record in bundle.manifest.stages:
+        ours, theirs = record.contract, reference.checkpoint.contracts[record.contract.name]
+        pairs = zip((*ours.inputs, *ours.outputs), (*theirs.inputs, *theirs.outputs), strict=True)
+        for tensor, other in pairs:
+            if tensor != other:
+                raise InputError(
+                    f"{bundle.path} and {reference.checkpoint.path} are of different models: {tensor.name} of "
+                    f"{ours.name} is {list(tensor.shape)} in the bundle and {list(other.shape)} in the checkpoint; "
+                    "give the checkpoint that the bundle was made from"
+                )
+    if bundle.manifest.kv_cache != reference.checkpoint.kv_cache:
+        raise InputError(
+            f"{bundle.path} and {reference.checkpoint.path} are of different models: their key/value caches differ in "
+            "layers, heads or head size; give the checkpoint that the bundle was made from"
         )
 
 

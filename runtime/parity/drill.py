@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import EngineError
+from ..onnxruntime.loader import first_line, import_onnxruntime, onnxruntime_errors
 from .metrics import Difference, Gate, compare
 from .probes import Probe, Side, region
 
@@ -101,7 +103,7 @@ def drill_graph(
     probes = find_probes(model.graph)
     with _capture(reference, probes) as captured:
         run_reference()
-    values = run_with_outputs(model, graph.parent, feeds, [probe.value for probe in probes])
+    values = GraphRun(model, graph.parent, [probe.value for probe in probes])(feeds)
     steps = [
         (probe, _step(probe, expected, values[probe.value]))
         for probe in probes
@@ -135,31 +137,33 @@ def first_departure(differences: Sequence[Difference], gate: Gate) -> int | None
     return None
 
 
-def run_with_outputs(
-    model: Any, folder: Path, feeds: Mapping[str, NDArray[Any]], values: Sequence[str]
-) -> dict[str, NDArray[Any]]:
-    """Run an ONNX ModelProto whose external data lies in `folder`, with `values` as outputs, and nothing
-    fused.
-    """
-    import onnx
+class GraphRun:
+    """An ONNX ModelProto, its external data in `folder`, with `values` as outputs and nothing fused or rounded."""
 
-    from ..onnxruntime.loader import import_onnxruntime
+    def __init__(self, model: Any, folder: Path, values: Sequence[str]) -> None:
+        import onnx
 
-    ort = import_onnxruntime()
-    wanted = onnx.ModelProto()
-    wanted.CopyFrom(model)
-    del wanted.graph.output[:]
-    wanted.graph.output.extend(onnx.ValueInfoProto(name=value) for value in dict.fromkeys(values))
-    _compute_in_fp32(wanted.graph)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    session = ort.InferenceSession(wanted.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    inputs = {entry.name for entry in session.get_inputs()}
-    outputs: Any = session.run(names, {name: value for name, value in feeds.items() if name in inputs})
-    return dict(zip(names, outputs, strict=True))
+        ort = import_onnxruntime()
+        wanted = onnx.ModelProto()
+        wanted.CopyFrom(model)
+        del wanted.graph.output[:]
+        wanted.graph.output.extend(onnx.ValueInfoProto(name=value) for value in dict.fromkeys(values))
+        _compute_in_fp32(wanted.graph)
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+        self._session = ort.InferenceSession(wanted.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The values by name; `feeds` may hold more than the graph takes."""
+        names = [output.name for output in self._session.get_outputs()]
+        inputs = {entry.name for entry in self._session.get_inputs()}
+        try:
+            outputs = self._session.run(names, {name: value for name, value in feeds.items() if name in inputs})
+        except onnxruntime_errors() as error:
+            raise EngineError(f"the graph does not run on PyTorch's input: {first_line(error)}") from error
+        return dict(zip(names, outputs, strict=True))
 
 
 def _compute_in_fp32(graph: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import BridgeportError
 from ...manifest import ImageContract, Manifest, Normalize, Rescale, Resize
 from ..processor import load_image, preprocess_image
 from ..processor.image import FILTERS
@@ -75,6 +76,11 @@ def _feeds(stage: str, manifest: Manifest, reference: Reference, values: Referen
     inputs_embeds = values.inputs_embeds
     if stage == "tokens":
         inputs_embeds = np.concatenate([inputs_embeds, reference.embed(values.token_ids[:-1])])
+    return llm_feeds(manifest, inputs_embeds)
+
+
+def llm_feeds(manifest: Manifest, inputs_embeds: NDArray[Any]) -> Feeds:
+    """Inputs of the decoder for a prefill of one row `[S, D]`, its cache empty."""
     return {
         "inputs_embeds": inputs_embeds[None],
         "attention_mask": np.ones((1, len(inputs_embeds)), np.int64),
@@ -141,7 +147,10 @@ def drill_prompt(
     manifest: Manifest, stages: BundleStages, reference: Reference, case: Case, values: ReferenceValues
 ) -> DrillReport:
     """What is different about the token ids: placeholders first, then the first id that is not PyTorch's."""
-    prompt = stages.prompts([case.prompt])[0]
+    try:
+        prompt = stages.prompts([case.prompt])[0]
+    except BridgeportError as error:
+        return DrillReport("placeholder_ids", None, None, 0, note=str(error))
     positions = list(range(len(prompt.input_ids)))[prompt.image_positions]
     difference = compare_ids(values.input_ids, prompt.input_ids)
     causes = []

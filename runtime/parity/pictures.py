@@ -11,7 +11,6 @@ from PIL import Image
 
 from ...models.small.pictures import held_out
 
-QUESTION = "Question: what colour is the shape? Answer:"
 GRAY = 128
 
 
@@ -29,5 +28,5 @@ def default_pictures() -> list[tuple[str, Image.Image]]:
 
 
 def default_prompts() -> list[str]:
-    """The empty prompt, which asks for a caption, and a question."""
-    return ["", QUESTION]
+    """The empty prompt, which asks for a caption, and a question about the second picture."""
+    return ["", held_out(2)[1].questions[0].prompt]

@@ -1,9 +1,8 @@
 """Which values of an ONNX graph PyTorch has too, and under which module.
 
-Two kinds of graph. What `torch.onnx` exported carries, on every node, the names and classes of the modules
-that it was traced in; the values that leave such a scope are that module's output. The decoder that
-onnxruntime-genai builds carries none, but names its values by a fixed scheme: `BUILDER_VALUES` is that
-scheme.
+Two kinds of graph. What `torch.onnx` exported carries, on every node, the names of the modules that it was traced in;
+the values that leave such a scope are that module's output. The decoder that onnxruntime-genai builds carries none,
+but names its values by a fixed scheme: `BUILDER_VALUES` is that scheme.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ FLOATS = frozenset({1, 10, 11, 16})  # onnx.TensorProto FLOAT, FLOAT16, DOUBLE, 
 
 @dataclass(frozen=True)
 class Probe:
-    """An ONNX value and what it equals in PyTorch: output or input of `modules` (several: joined along the
-    last axis).
+    """An ONNX value, and what it equals in PyTorch: output or input of `modules`, several joined along the last axis.
 
     `index` is the place of the node that computes the value in the graph's topological order. `third`: the
     value is this third, along the last axis, of a fused query/key/value projection.

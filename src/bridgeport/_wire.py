@@ -1,10 +1,10 @@
 """Which external files an ONNX graph points to, read from the protobuf wire format without any ONNX parser.
 
 A bundle is checked before a parser opens it, so the check cannot use one. Field numbers are those of onnx.proto3:
-ModelProto.graph 7, .training_info 20 and .functions 25; TrainingInfoProto.initialization 1 and .algorithm 2; GraphProto.node 1, .initializer 5 and .sparse_initializer 15;
-FunctionProto.node 7; NodeProto.attribute 5; AttributeProto.t 5, .g 6, .tensors 10, .graphs 11, .sparse_tensor 22 and
-.sparse_tensors 23; SparseTensorProto.values 1 and .indices 2; TensorProto.external_data 13;
-StringStringEntryProto.key 1, .value 2.
+ModelProto.graph 7, .training_info 20 and .functions 25; TrainingInfoProto.initialization 1 and .algorithm 2;
+GraphProto.node 1, .initializer 5 and .sparse_initializer 15; FunctionProto.node 7; NodeProto.attribute 5;
+AttributeProto.t 5, .g 6, .tensors 10, .graphs 11, .sparse_tensor 22 and .sparse_tensors 23;
+SparseTensorProto.values 1 and .indices 2; TensorProto.external_data 13; StringStringEntryProto.key 1, .value 2.
 """
 
 from __future__ import annotations

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
-import click
 import typer
 from typer.main import get_command
 
 from ._version import __version__
 from .errors import BridgeportError, CheckFailed
+
+# typer brings its own copy of click since 0.26 and used the installed one before: take the classes from typer.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+_ClickException: Any = typer.BadParameter.__mro__[2]
 
 # Verb -> module with a function of that name, in the order in which `--help` lists them.
 VERBS = {
@@ -64,10 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(failure), CheckFailed.exit_code, debug)
     except BridgeportError as error:
         return _fail(str(error), error.exit_code, debug)
-    except click.ClickException as error:
-        hint = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""
+    except _ClickException as error:
+        hint = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, _UsageError) and error.ctx else ""
         return _fail(error.format_message() + hint, 2, debug)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped before the end; nothing was written", 130, debug)
     except BrokenPipeError:
         return 0

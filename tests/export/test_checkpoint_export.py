@@ -39,7 +39,7 @@ ODD = {
 
 @pytest.fixture(scope="module")
 def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_blip2_checkpoint(tmp_path_factory.mktemp("odd") / "checkpoint", **ODD)  # type: ignore[arg-type]
+    return write_blip2_checkpoint(tmp_path_factory.mktemp("odd") / "checkpoint", **ODD)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,7 @@ from bridgeport.models.attention import MASKED, CrossAttention, additive_mask
 
 def reference(ours: CrossAttention, width: int, key_value_width: int) -> nn.MultiheadAttention:
     """torch's MultiheadAttention with our weights: an independent second implementation."""
-    theirs = nn.MultiheadAttention(
-        width, ours.num_heads, kdim=key_value_width, vdim=key_value_width, batch_first=True
-    )
+    theirs = nn.MultiheadAttention(width, ours.num_heads, kdim=key_value_width, vdim=key_value_width, batch_first=True)
     with torch.no_grad():
         weights = (ours.query.weight, ours.key.weight, ours.value.weight)
         if theirs.in_proj_weight is not None:
@@ -27,9 +25,7 @@ def reference(ours: CrossAttention, width: int, key_value_width: int) -> nn.Mult
     return theirs.eval()
 
 
-@pytest.mark.parametrize(
-    ("width", "key_value_width", "heads"), [(32, 32, 4), (48, 80, 3), (16, 8, 1), (64, 20, 8)]
-)
+@pytest.mark.parametrize(("width", "key_value_width", "heads"), [(32, 32, 4), (48, 80, 3), (16, 8, 1), (64, 20, 8)])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_equals_multihead_attention(width: int, key_value_width: int, heads: int, padded: bool) -> None:

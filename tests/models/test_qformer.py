@@ -150,8 +150,7 @@ def reference_out(model: Reference, inputs: dict[str, Any]) -> Tensor:
     # transformers 5.23 fails on text with a padded image (its cross mask has a row per text token too):
     # cut the padding off and run row by row, which is the same by definition.
     rows = [
-        model(images[i : i + 1, image_mask[i]], ids[i : i + 1], text_mask[i : i + 1], None)
-        for i in range(len(images))
+        model(images[i : i + 1, image_mask[i]], ids[i : i + 1], text_mask[i : i + 1], None) for i in range(len(images))
     ]
     return torch.cat(rows)
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from bridgeport.models.qformer import SelfAttentionMask
-from bridgeport.models.small import stage1
+from bridgeport.models.small import packing, stage1
 from bridgeport.models.small.data import pad
-from bridgeport.models.small.language import completion_loss
+from bridgeport.models.small.language import completion_loss, context_loss, text_config
 from bridgeport.models.small.recipe import Sizes
 from bridgeport.models.small.scenes import CELLS, sample_scene
 from bridgeport.models.small.stage1 import Stage1, contrast_loss, hard_negatives, match_loss
-from bridgeport.models.small.text import BOS_ID, EOS_ID, TextCodec, train_tokenizer, training_text
+from bridgeport.models.small.text import BAG, BOS_ID, EOS_ID, TextCodec, train_tokenizer, training_text
 
 TINY = Sizes(vision_width=32, vision_layers=1, queries=16, qformer_width=32, qformer_layers=2)
 VOCAB = 32
@@ -159,10 +161,9 @@ def test_facts_fill_the_slots_and_say_everything(codec: TextCodec) -> None:
         scene = sample_scene(rng)
         facts = codec.facts(scene, rng, 16)
         assert len(facts) == 16
-        told = " ".join(tokenizer.decode(facts).replace(",", " ").split())
-        assert scene.background in told
-        for shape in scene.shapes:
-            assert f"{shape.name} {CELLS[shape.cell]}" in told
+        assert {len(bag) for bag in facts} == {BAG}
+        told = {" ".join(tokenizer.decode(bag).split()) for bag in facts}
+        assert told == {f"{s.name} {CELLS[s.cell]}" for s in scene.shapes} | {scene.background, ","}
 
 
 def test_sentences_are_those_of_inference(codec: TextCodec) -> None:
@@ -179,8 +180,33 @@ def test_sentences_are_those_of_inference(codec: TextCodec) -> None:
 
 
 def test_training_text_labels_only_completions(codec: TextCodec) -> None:
-    ids, labels = training_text(codec, random.Random(3), 16)
-    assert len(ids) == len(labels)
-    assert labels[:17] == [-100] * 17
-    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
-    assert labels.count(EOS_ID) == ids.count(BOS_ID) == 4
+    facts, sentences = training_text(codec, random.Random(3), 16)
+    assert len(facts) == 16
+    assert len(sentences) > 3
+    for ids, labels in sentences:
+        prompt = labels.count(-100)
+        assert ids[0] == BOS_ID
+        assert ids[-1] == EOS_ID
+        assert labels == [-100] * prompt + ids[prompt:]
+        assert 0 < prompt < len(ids)
+
+
+@torch.no_grad()
+def test_packed_sentences_are_as_if_alone(codec: TextCodec) -> None:
+    """Loss of four sentences in one row is that of four rows; a mask that leaks between them is caught."""
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(text_config(replace(TINY, text_width=32, text_layers=2, text_heads=2), 416))
+    facts, sentences = training_text(codec, random.Random(3), 16)
+    context = model.get_parameter("model.embed_tokens.weight")[torch.tensor([facts])].sum(dim=2)
+    alone = []
+    for ids, labels in sentences:
+        logits = model(inputs_embeds=torch.cat([context, model.model.embed_tokens(torch.tensor([ids]))], 1)).logits
+        alone.append(completion_loss(logits[:, 16:], torch.tensor([labels])) * (len(ids) - labels.count(-100)))
+    counted = sum(len(ids) - labels.count(-100) for ids, labels in sentences)
+    want = torch.stack(alone).sum() / counted
+    packed = packing.pack([sentences], 16)
+    assert context_loss(model, context, packed).item() == pytest.approx(want.item(), abs=1e-5)
+    leaking = replace(packed, mask=torch.where(torch.ones_like(packed.mask).tril() > 0, 0.0, packed.mask))
+    assert abs(context_loss(model, context, leaking).item() - want.item()) > 1e-4
+    shifted = replace(packed, positions=torch.arange(packed.positions.shape[1])[None])
+    assert abs(context_loss(model, context, shifted).item() - want.item()) > 1e-4

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from transformers import Blip2ForConditionalGeneration, Blip2Processor
+
 from bridgeport.bundle import Bundle
 from bridgeport.export.llm import export_llm
 from bridgeport.export.processor import (
@@ -22,8 +25,6 @@ from bridgeport.runtime.backends import EngineOptions
 from bridgeport.runtime.onnxruntime import Device, OnnxRuntimeEngine, load_session
 from bridgeport.runtime.pipeline import Pipeline
 from bridgeport.runtime.torch import load_engines
-from PIL import Image
-from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 # Of different lengths, the empty one a caption.
 PROMPTS = ("a photo of", "Question: what colour is the triangle? Answer:", "")

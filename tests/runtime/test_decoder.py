@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from bridgeport.models.contract import KvCacheContract
 from bridgeport.runtime import Pipeline
 from bridgeport.runtime.decoder import Decoder, Decoding
 from bridgeport.runtime.kv_cache import HostBuffer, KvCache, capacity_for
-from numpy.typing import NDArray
 
 GetPath = Callable[[str], Path]
 LENGTHS = (9, 4, 7)

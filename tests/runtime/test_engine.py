@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from bridgeport.bundle import Bundle
 from bridgeport.errors import DependencyError, EngineError, InputError
 from bridgeport.runtime.backends import EngineOptions

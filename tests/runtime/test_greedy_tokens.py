@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bridgeport.runtime import Pipeline
-
 from tests.checkpoints import write_blip2_checkpoint
 from tests.runtime.generation import NEW_TOKENS, PROMPTS, Transformers, language_model_pipeline, pictures
+
+from bridgeport.runtime import Pipeline
 
 # 10 Llama and 10 OPT shapes, each unlike the others, over encoders and Q-Formers of different shapes too.
 LLAMA: tuple[dict[str, Any], ...] = (
@@ -31,38 +31,37 @@ OPT: tuple[dict[str, Any], ...] = (
     {"hidden_size": 32, "num_heads": 4, "qformer_hidden_size": 32, "qformer_heads": 4},
     {"num_layers": 1, "intermediate_size": 40, "patch_size": 7},
     {"hidden_size": 48, "num_heads": 3, "eos_token_id": [2, 41, 77]},
-    {"num_heads": 8, "num_query_tokens": 7, "cross_attention_frequency": 3},
+    # Its default seed, 106, makes transformers itself answer two of the rows alike.
+    {"num_heads": 8, "num_query_tokens": 7, "cross_attention_frequency": 3, "seed": 116},
     {"max_position_embeddings": 96, "intermediate_size": 160, "do_normalize": False},
     {"num_layers": 4, "tie": False, "qformer_layers": 1, "cross_attention_frequency": 1},
     {"hidden_size": 96, "num_heads": 6, "extra_vocab": 0, "vision_intermediate_size": 64},
 )
 CASES = [
-    pytest.param(text, options, 100 + index, id=f"{text}-{index}")
+    pytest.param(text, {"seed": 100 + index} | options, id=f"{text}-{index}")
     for text, configs in (("llama", LLAMA), ("opt", OPT))
     for index, options in enumerate(configs)
 ]
 
 
-@pytest.mark.parametrize(("text", "options", "seed"), CASES[:3] + CASES[10:13])
-def test_language_model_tokens_equal_transformers(
-    text: Any, options: dict[str, Any], seed: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("text", "options"), CASES[:3] + CASES[10:13])
+def test_language_model_tokens_equal_transformers(text: Any, options: dict[str, Any], tmp_path: Path) -> None:
     """The exported language model behind PyTorch's encoder and connector."""
-    checkpoint = write_blip2_checkpoint(tmp_path / "checkpoint", text=text, seed=seed, **options)
+    checkpoint = write_blip2_checkpoint(tmp_path / "checkpoint", text=text, **options)
     with language_model_pipeline(checkpoint, tmp_path / "llm") as pipeline:
         check_greedy(pipeline, Transformers(checkpoint))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("text", "options", "seed"), CASES)
+@pytest.mark.parametrize(("text", "options"), CASES)
 def test_chain_tokens_equal_transformers(
-    text: Any, options: dict[str, Any], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole chain exported."""
     from bridgeport.export import checkpoint as export
 
     monkeypatch.setattr(export, "_lint", lambda *_: None)  # takes half the time, and has tests of its own
-    checkpoint = write_blip2_checkpoint(tmp_path / "checkpoint", text=text, seed=seed, **options)
+    checkpoint = write_blip2_checkpoint(tmp_path / "checkpoint", text=text, **options)
     export.export_checkpoint(checkpoint, tmp_path / "bundle")
     with Pipeline.load(tmp_path / "bundle", threads=1) as pipeline:
         check_greedy(pipeline, Transformers(checkpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from bridgeport.errors import EngineError
 from bridgeport.runtime.merge import merge_image_features
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.checkpoints import write_blip2_checkpoint
 
 from bridgeport.bundle import read_manifest, write_manifest
 from bridgeport.errors import CheckpointError, InputError, UnsupportedError
@@ -33,6 +34,8 @@ from .parity_faults import (
 )
 
 Bundles = Callable[[str, str], Path]
+# Enough for tokens to differ, few enough to be quick.
+FEW = 6
 NAMES = [stage.name for stage in STAGES]
 
 
@@ -224,7 +227,7 @@ def test_fault_is_caught_and_named(
 ) -> None:
     planted = FAULTS[fault]
     bundle = plant_into(bundles("llama", "fp32"), tmp_path / "bundle", planted)
-    check_report(check_parity(bundle, blip2_checkpoint("llama"), drill=True), planted)
+    check_report(check_parity(bundle, blip2_checkpoint("llama"), drill=True, max_new_tokens=FEW), planted)
 
 
 OPT_FAULTS: dict[str, Fault] = {
@@ -259,7 +262,7 @@ def test_fault_in_opt_is_caught_and_named(
 ) -> None:
     planted = OPT_FAULTS[fault]
     bundle = plant_into(bundles("opt", "fp32"), tmp_path / "bundle", planted)
-    check_report(check_parity(bundle, blip2_checkpoint("opt"), drill=True), planted)
+    check_report(check_parity(bundle, blip2_checkpoint("opt"), drill=True, max_new_tokens=FEW), planted)
 
 
 INT4_FAULTS: dict[str, Fault] = {
@@ -293,7 +296,7 @@ def test_fault_in_int4_bundle_is_caught_and_named(
 ) -> None:
     planted = INT4_FAULTS[fault]
     bundle = plant_into(bundles("llama", "int4"), tmp_path / "bundle", planted)
-    check_report(check_parity(bundle, blip2_checkpoint("llama"), drill=True), planted)
+    check_report(check_parity(bundle, blip2_checkpoint("llama"), drill=True, max_new_tokens=FEW), planted)
 
 
 def check_report(report: ParityReport, planted: Fault) -> None:
@@ -348,13 +351,51 @@ def test_fault_in_decoding_alone_is_the_tokens_stage(
     assert report.drill.compared > 10
 
 
-def test_another_checkpoint_is_told_apart(bundles: Bundles, blip2_checkpoint: Callable[[str], Path]) -> None:
-    """Weights of another seed, sizes that differ: every computed stage fails, and no error is raised."""
-    report = check_parity(bundles("llama", "fp32"), blip2_checkpoint("llama-mqa-wide"), drill=True)
+def test_another_checkpoint_of_the_same_sizes_is_told_apart(bundles: Bundles, tmp_path: Path) -> None:
+    """Weights of another seed: every computed stage fails on its own, and no error is raised."""
+    other = write_blip2_checkpoint(tmp_path / "other", text="llama", seed=99)
+    report = check_parity(bundles("llama", "fp32"), other, drill=True)
     assert report.same_checkpoint is False
+    assert report.first_divergence == "encoder"
+    computed = ("encoder", "connector", "merged_embeddings", "first_logits", "tokens")
+    assert not any(report.stage(name).isolated.passed for name in computed)
+    assert report.stage("pixels").passed
+    assert report.stage("placeholder_ids").passed
+    assert report.drill is not None
+    assert report.drill.departure is not None
+    assert report.drill.departure.module == "vision_model.embeddings.patch_embedding"
+
+
+def test_checkpoint_of_other_sizes_is_refused(bundles: Bundles, blip2_checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(InputError, match=r"image_features of connector is \['batch', 4, 64\] in the bundle and"):
+        check_parity(bundles("llama", "fp32"), blip2_checkpoint("llama-mqa-wide"))
+    with pytest.raises(InputError, match="their key/value caches differ"):
+        check_parity(bundles("llama", "fp32"), blip2_checkpoint("llama-gqa-tied"))
+
+
+def test_chain_that_stops_fails_every_stage_behind(
+    bundles: Bundles, blip2_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Fewer placeholders than the connector gives features: the merge refuses, and the report still comes."""
+    bundle = plant_into(bundles("llama", "fp32"), tmp_path / "bundle", FAULTS["placeholder-count"])
+    report = check_parity(bundle, blip2_checkpoint("llama"))
+    for name in ("merged_embeddings", "first_logits", "tokens"):
+        assert report.stage(name).isolated.passed
+        assert not report.stage(name).chained.passed
+        assert "the chain stopped" in report.stage(name).chained.worst.note
+    assert report.to_dict()["stages"][4]["chained"]["max_abs"] is None
+
+
+def test_prompt_contract_that_cannot_run_is_a_divergence(
+    bundles: Bundles, blip2_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fault = Fault(prompt(segments=(*TEXT_FIRST, *TEXT_FIRST)), "placeholder_ids")
+    report = check_parity(
+        plant_into(bundles("llama", "fp32"), tmp_path / "bundle", fault), blip2_checkpoint("llama"), drill=True
+    )
     assert report.first_divergence == "placeholder_ids"
-    assert not any(report.stage(name).passed for name in ("encoder", "connector", "first_logits", "tokens"))
-    assert "the chain stopped" in report.stage("tokens").chained.worst.note or not report.tokens_match
+    assert report.drill is not None
+    assert "2 image segments" in report.drill.note
 
 
 def test_own_pictures_and_prompts(bundles: Bundles, blip2_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bridgeport.errors import CheckpointError, DependencyError, EngineError, InputError
-from bridgeport.runtime import Pipeline
 from PIL import Image
-
 from tests.runtime.generation import NEW_TOKENS, PROMPTS, Transformers, pictures
 from tests.runtime.test_greedy_tokens import check_greedy
+
+from bridgeport.errors import CheckpointError, DependencyError, EngineError, InputError
+from bridgeport.runtime import Pipeline
 
 GetPath = Callable[[str], Path]
 NAMES = ("llama-gqa-tied", "opt")
@@ -229,13 +229,13 @@ def test_the_whole_context_can_be_used(pipeline: Pipeline, reference: Transforme
         (pictures(1) * 65, "a", "65 rows came, the bundle takes at most 64"),
         (pictures(1)[0], ["a"] * 65, "65 rows came, the bundle takes at most 64"),
         ("/no/such.png", "a", "/no/such.png does not exist"),
-        (pictures(1)[0], 7, "a prompt must be a string"),
+        (pictures(1)[0], [7], "a prompt must be a string"),
     ],
     ids=["none", "number", "pairs", "too many", "too many prompts", "file", "prompt"],
 )
 def test_bad_input(llama: Pipeline, images: Any, prompt: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        llama.generate(images, [prompt] if isinstance(prompt, int) else prompt)
+        llama.generate(images, prompt)
 
 
 def test_bad_options(llama: Pipeline, blip2_bundle: GetPath) -> None:

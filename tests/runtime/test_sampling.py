@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bridgeport.errors import EngineError, InputError
-from bridgeport.runtime.sampling import Sampler, SamplingParams, draw
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from bridgeport.errors import EngineError, InputError
+from bridgeport.runtime.sampling import Sampler, SamplingParams, draw
 
 VOCAB = 97
 PROMPT = [3, 3, 40, 96]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Case:
     builder: str
     precision: str = "fp32"
     options: dict[str, Any] = field(default_factory=dict)
+    rope: dict[str, Any] | None = None
 
 
 CASES = {
@@ -40,6 +42,18 @@ CASES = {
     ),
     "llama-head64-mqa": Case(GENAI, options={"num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "seed": 3}),
     "llama-head80": Case(GENAI, options={"num_heads": 3, "head_dim": 80, "hidden_size": 48, "seed": 4}),
+    "llama3-rope": Case(
+        GENAI,
+        rope={
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "linear-rope": Case(EXPORTERS, rope={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
     "llama-head24-gqa": Case(EXPORTERS, options={"num_kv_heads": 2, "head_dim": 24, "seed": 5}),
     "llama-int4-gqa": Case(GENAI, "int4", {"num_kv_heads": 2, "seed": 6}),
     "opt-tied": Case(EXPORTERS, options={"text": "opt", "seed": 7}),
@@ -79,10 +93,21 @@ def export_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exp
 
 def _export(case: Case, directory: Path) -> Exported:
     small = {"vision_layers": 1, "qformer_layers": 1, "processor": False}
-    model = load_checkpoint(write_blip2_checkpoint(directory / "checkpoint", **(small | case.options)))
+    checkpoint = write_blip2_checkpoint(directory / "checkpoint", **(small | case.options))
+    if case.rope is not None:
+        set_rope(checkpoint, case.rope)
+    model = load_checkpoint(checkpoint)
     path = directory / "llm" / "decoder.onnx"
     graph = export_llm(model, model.contracts["llm"], path, precision=case.precision)
     return Exported(case, model, path, graph.builder, graph.opset)
+
+
+def set_rope(checkpoint: Path, rope: dict[str, Any]) -> None:
+    """Other rotary embeddings for the same weights."""
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["rope_parameters"] = rope
+    file.write_text(json.dumps(config))
 
 
 def cache_of(exported: Exported) -> Any:
@@ -178,3 +203,13 @@ def test_a_head_size_that_no_builder_takes_is_named(tmp_path: Path, options: dic
     with pytest.raises(UnsupportedError, match=message):
         export_llm(model, model.contracts["llm"], tmp_path / "llm" / "decoder.onnx", precision="fp32")
     assert not (tmp_path / "llm").exists()
+
+
+def test_rotary_embeddings_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
+    checkpoint = write_blip2_checkpoint(tmp_path / "checkpoint", processor=False)
+    set_rope(checkpoint, {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
+    model = load_checkpoint(checkpoint)
+    with pytest.raises(
+        UnsupportedError, match=r"rope_type 'dynamic'; it computes .*rope_type 'dynamic'; a trace holds"
+    ):
+        export_llm(model, model.contracts["llm"], tmp_path / "llm" / "decoder.onnx", precision="fp32")
