@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from .._version import __version__
 from ..bundle import Bundle, sha256, staged_directory, write_manifest
 from ..errors import InputError, UnsupportedError
-from ..manifest import CheckpointRecord, Manifest, StageRecord
+from ..manifest import CONFIG_FILE, CheckpointRecord, Manifest, StageRecord
 from ..models import load_checkpoint
 from ..models.contract import KvCacheContract, StageContract
 from .attention_variant import OUTPUT as CROSS_ATTENTION
@@ -134,6 +135,7 @@ def _write_bundle(
     generation = freeze_generation(model.path, model.config)
     tokenizer = freeze_tokenizer(model.path, staging / "tokenizer", prompt.image_token_id)
     processor = check_frozen_processor(model.path, image, prompt, tokenizer)
+    _keep_config(model, staging)
     stages = [
         _export_traced(model, name, staging, say, max_id=generation.vocab_size if name == "embed_tokens" else 2)
         for name in ("encoder", "connector", "embed_tokens")
@@ -158,6 +160,13 @@ def _write_bundle(
         },
     )
     return write_manifest(staging, manifest)
+
+
+def _keep_config(model: VisionLanguageModel, staging: Path) -> None:
+    """The checkpoint's config beside the graphs: benchmarks build PyTorch's model of the same sizes from it."""
+    kept = staging / CONFIG_FILE
+    kept.parent.mkdir()
+    shutil.copyfile(model.path / kept.name, kept)
 
 
 def _export_traced(model: VisionLanguageModel, name: str, staging: Path, say: Progress, *, max_id: int) -> _Done:

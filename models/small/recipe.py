@@ -57,12 +57,12 @@ class Recipe:
     """The whole training run; the same recipe on the same machine gives the same weights."""
 
     seed: int = 0
-    pictures: int = 24_000
+    pictures: int = 16_000
     sizes: Sizes = Sizes()
-    language: Schedule = Schedule(steps=2500, batch=96, learning_rate=2e-3)
-    encoder: Schedule = Schedule(steps=2200, batch=64, learning_rate=1e-3)
-    stage1: Schedule = Schedule(steps=900, batch=48, learning_rate=1e-3)
-    stage2: Schedule = Schedule(steps=3000, batch=64, learning_rate=1e-3)
+    language: Schedule = Schedule(steps=1500, batch=40, learning_rate=2e-3)
+    encoder: Schedule = Schedule(steps=2000, batch=64, learning_rate=1.5e-3)
+    stage1: Schedule = Schedule(steps=600, batch=48, learning_rate=1.5e-3)
+    stage2: Schedule = Schedule(steps=2000, batch=48, learning_rate=2e-3)
 
     def __post_init__(self) -> None:
         if self.pictures < 2:

@@ -19,7 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import EngineError, InputError
+from ...errors import EngineError
+from ...manifest import CONFIG_FILE
 from .peers import Job, peer_record, require_compiler
 from .report import BenchReport, PeerResult, Round
 
@@ -36,6 +37,8 @@ class Contestant:
     label: str
     peer: str
     source: Path
+    # False for random weights of the same sizes: as fast, but its outputs say nothing.
+    comparable: bool = True
 
 
 def bench(
@@ -50,19 +53,16 @@ def bench(
 ) -> BenchReport:
     """Measure a bundle, and the peers in `against` beside it, on one picture and `new_tokens` greedy tokens.
 
-    `against` holds names of `PEERS` (those of PyTorch need `checkpoint`) or paths of further bundles.
-    Raises InputError for an unknown peer or a missing checkpoint.
+    `against` holds names of `PEERS` or paths of further bundles. The peers of PyTorch run `checkpoint`; without one,
+    random weights of the sizes that the bundle records, whose outputs are not compared.
+    Raises InputError for an unknown peer.
     """
     contestants = [_bundle_contestant(Path(bundle))]
     for name in against:
         if (Path(name) / "manifest.json").is_file():
             contestants.append(_bundle_contestant(Path(name)))
             continue
-        record = peer_record(name)
-        if record.reads == "checkpoint" and checkpoint is None:
-            raise InputError(f"--against {name} runs the checkpoint in PyTorch; say where it is with --reference DIR")
-        source = Path(bundle) if record.reads == "bundle" else Path(str(checkpoint))
-        contestants.append(Contestant(record.title, name, source))
+        contestants.append(_peer_contestant(name, Path(bundle), checkpoint))
     return measure(
         contestants,
         _job(Path(bundle), new_tokens),
@@ -70,6 +70,15 @@ def bench(
         threads=threads or core_count(),
         progress=progress,
     )
+
+
+def _peer_contestant(name: str, bundle: Path, checkpoint: str | Path | None) -> Contestant:
+    record = peer_record(name)
+    if record.reads == "bundle":
+        return Contestant(record.title, name, bundle)
+    if checkpoint is not None:
+        return Contestant(record.title, name, Path(checkpoint))
+    return Contestant(f"{record.title}, random weights", name, (bundle / CONFIG_FILE).parent, comparable=False)
 
 
 def core_count() -> int:
@@ -135,7 +144,7 @@ def measure(
             for child in children:
                 child.close()
     results = [
-        PeerResult(child.contestant.label, child.contestant.peer, tuple(mine), feature)
+        PeerResult(child.contestant.label, child.contestant.peer, tuple(mine), feature, child.contestant.comparable)
         for child, mine, feature in zip(children, samples, features, strict=True)
     ]
     return BenchReport(tuple(results), threads=threads, new_tokens=job.new_tokens, prompt_tokens=job.input_ids.shape[1])

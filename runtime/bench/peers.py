@@ -76,12 +76,10 @@ class TorchPeer:
 
     def __init__(self, source: Path, threads: int, *, dtype: str = "float32", compiled: bool = False) -> None:
         import torch
-        from transformers import Blip2ForConditionalGeneration
 
         torch.set_num_threads(threads)
         self._dtype = getattr(torch, dtype)
-        model = Blip2ForConditionalGeneration.from_pretrained(source, dtype=self._dtype).eval()
-        self._model: Any = model
+        model = self._model = _load_torch(source, self._dtype)
         self._compiled = compiled
         wrap: Callable[[Any], Any] = (
             (lambda part: torch.compile(part, dynamic=False)) if compiled else lambda part: part
@@ -139,6 +137,17 @@ class TorchPeer:
         if self._compiled:
             return StaticCache(config=text_config, max_cache_len=capacity)
         return DynamicCache(config=text_config)
+
+
+def _load_torch(source: Path, dtype: Any) -> Any:
+    """The model of a checkpoint directory, or one of its sizes with random weights where it holds only the config."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    if any(source.glob("*.safetensors")):
+        model: Any = Blip2ForConditionalGeneration.from_pretrained(source, dtype=dtype)
+    else:
+        model = Blip2ForConditionalGeneration(Blip2Config.from_pretrained(source)).to(dtype)  # type: ignore[arg-type]
+    return model.eval()
 
 
 @dataclass(frozen=True)

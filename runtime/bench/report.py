@@ -37,6 +37,7 @@ class PeerResult:
     peer: str
     rounds: tuple[Round, ...]
     image_features: NDArray[np.float32]
+    comparable: bool = True
 
     def median_ms(self, stage: str) -> float:
         """Median over the rounds."""
@@ -66,8 +67,13 @@ class BenchReport:
         pairs = zip(self.baseline().rounds, result.rounds, strict=True)
         return median(theirs.ms(stage) / mine.ms(stage) for theirs, mine in pairs)
 
-    def agreement(self, result: PeerResult) -> dict[str, Any]:
-        """How the outputs compare with the baseline's: the worst token's cosine, and equal leading tokens."""
+    def agreement(self, result: PeerResult) -> dict[str, Any] | None:
+        """How the outputs compare with the baseline's: the worst token's cosine, and equal leading tokens.
+
+        None where one of the two has random weights.
+        """
+        if not (result.comparable and self.baseline().comparable):
+            return None
         ours, theirs = (
             result.image_features[0].astype(np.float64),
             self.baseline().image_features[0].astype(np.float64),
@@ -127,7 +133,9 @@ class BenchReport:
                 self._cell(result, "decode", per_token),
                 self._cell(result, "total", result.median_ms("total")),
                 f"{result.peak_bytes / 2**20:,.0f}",
-                f"cosine {agreement['min_token_cosine']:.6f}, "
+                "not compared"
+                if agreement is None
+                else f"cosine {agreement['min_token_cosine']:.6f}, "
                 f"first {agreement['equal_leading_tokens']} of {self.new_tokens} tokens equal",
             )
         return table

@@ -18,7 +18,8 @@ def bench(
         ),
     ] = "",
     reference: Annotated[
-        Path | None, typer.Option(help="The checkpoint directory, which the PyTorch peers run.")
+        Path | None,
+        typer.Option(help="The checkpoint that the PyTorch peers run; random weights of its sizes without."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per pass; stop tokens are ignored.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Passes per peer, after one that warms up.")] = 5,

@@ -160,7 +160,14 @@ def _need_libraries() -> None:
 
 
 def _check_same_shapes(bundle: Bundle, reference: Reference) -> None:
-    """A checkpoint of other sizes cannot be compared with; one of other weights can, and shows."""
+    """A checkpoint of another kind or of other sizes cannot be compared with; one of other weights can, and shows."""
+    made_from, config = bundle.manifest.checkpoint, reference.checkpoint.config
+    if made_from.text_model_type != config.text_config.model_type:
+        raise InputError(
+            f"{bundle.path} and {reference.checkpoint.path} are of different models: the bundle's text model is "
+            f"{made_from.text_model_type}, the checkpoint's {config.text_config.model_type}; give the checkpoint that "
+            "the bundle was made from"
+        )
     for record in bundle.manifest.stages:
         ours, theirs = record.contract, reference.checkpoint.contracts[record.contract.name]
         pairs = zip((*ours.inputs, *ours.outputs), (*theirs.inputs, *theirs.outputs), strict=True)

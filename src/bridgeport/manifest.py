@@ -13,6 +13,8 @@ from pydantic import Field
 from .models.contract import KvCacheContract, Record, StageContract
 
 SCHEMA_VERSION = 1
+# The checkpoint's config.json, kept in the bundle.
+CONFIG_FILE = "checkpoint/config.json"
 
 
 class FileRecord(Record):
@@ -143,4 +145,5 @@ class Manifest(Record):
 
     def stage(self, name: str) -> StageRecord:
         """The stage called `name`; KeyError when there is none."""
-        return {stage.contract.name: stage for stage in self.stages}[name]
+        stages: dict[str, StageRecord] = {stage.contract.name: stage for stage in self.stages}
+        return stages[name]

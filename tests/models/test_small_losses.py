@@ -83,7 +83,7 @@ def test_hard_negatives_are_never_the_positive() -> None:
     # The positives score highest by far: without the exclusion they would be drawn nearly always.
     similarities = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) + 30.0 * same
     generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
+    for _ in range(60):
         wrong_text, wrong_image = hard_negatives(similarities, same, generator)
         for row in range(6):
             assert captions[int(wrong_text[row])] != captions[row]
@@ -97,13 +97,13 @@ def test_hard_negatives_are_hard() -> None:
     similarities[3, 1] = 4.0
     drawn: Counter[tuple[str, int]] = Counter()
     generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
+    for _ in range(100):
         wrong_text, wrong_image = hard_negatives(similarities, same, generator)
         drawn["text of picture 0", int(wrong_text[0])] += 1
         drawn["picture of text 1", int(wrong_image[1])] += 1
-    # e^4 against two times e^0: 96 % of the draws.
-    assert drawn["text of picture 0", 2] > 270
-    assert drawn["picture of text 1", 3] > 270
+    # e^4 against two times e^0: 96 % of the 100 draws.
+    assert drawn["text of picture 0", 2] > 85
+    assert drawn["picture of text 1", 3] > 85
 
 
 @torch.no_grad()

@@ -46,7 +46,8 @@ def test_wrong_outputs_show() -> None:
     turned[0, 1] = [1, 1, -1, -1]
     ours = PeerResult("Bridgeport FP32", "bridgeport", rounds(10, token_ids=(5, 9, 7)), turned)
     theirs = PeerResult("PyTorch FP32", "torch", rounds(10), FEATURES)
-    agreement = report(ours, theirs).to_json()["peers"][0]["agreement"]
+    agreement = report(ours, theirs).agreement(ours)
+    assert agreement is not None
     assert agreement["equal_leading_tokens"] == 1
     assert agreement["min_token_cosine"] == pytest.approx(0.0)
     assert agreement["max_abs"] == 2.0
@@ -66,7 +67,18 @@ def test_bench_beside_torch(small_bundle: Path, capsys: pytest.CaptureFixture[st
     assert theirs["peak_mib"] > ours["peak_mib"] > 10, "a process with torch in it is the larger one"
 
 
-def test_unknown_peer_and_missing_checkpoint_are_named(small_bundle: Path) -> None:
+def test_without_the_checkpoint_torch_runs_random_weights_and_outputs_are_not_compared(
+    small_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", str(small_bundle), "--against", "torch", "--new-tokens", "3", "--rounds", "1"]
+    assert main([*arguments, "--threads", "1", "--json"]) == 0
+    ours, theirs = json.loads(capsys.readouterr().out)["peers"]
+    assert theirs["label"] == "PyTorch FP32, random weights"
+    assert ours["agreement"] is theirs["agreement"] is None
+    assert ours["speed_up"]["total"] > 0
+
+
+def test_unknown_peer_is_named(small_bundle: Path) -> None:
     with pytest.raises(InputError, match="'tensorflow' is not a peer; known are bridgeport, torch"):
         bench(small_bundle, against=["tensorflow"])
 
