@@ -146,7 +146,7 @@ def _load_torch(source: Path, dtype: Any) -> Any:
     if any(source.glob("*.safetensors")):
         model: Any = Blip2ForConditionalGeneration.from_pretrained(source, dtype=dtype)
     else:
-        model = Blip2ForConditionalGeneration(Blip2Config.from_pretrained(source)).to(dtype)  # type: ignore[arg-type]
+        model = Blip2ForConditionalGeneration(Blip2Config.from_pretrained(source)).to(dtype)
     return model.eval()
 
 

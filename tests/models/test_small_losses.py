@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,15 @@ from bridgeport.models.small.text import BAG, BOS_ID, EOS_ID, TextCodec, train_t
 
 TINY = Sizes(vision_width=32, vision_layers=1, queries=16, qformer_width=32, qformer_layers=2)
 VOCAB = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small take longer to share out among threads than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
