@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import ExportError
 from ..models.contract import StageContract
 from .graph import example_inputs
+from .memory import release_memory
 from .passes.axes import Dims, dims
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -93,6 +94,9 @@ def check_structure(
         found["onnx_checker"] = _check_onnx(path, stage)
     if layer_norms is not None:
         found["layer_normalization"] = _check_layer_norms(model, layer_norms, stage)
+    # The graph is full of cycles, and while it lives its weights stay mapped, page by page as they were read.
+    del model
+    release_memory()
     return found
 
 

@@ -7,7 +7,7 @@ every engine knows: LayerNormalization, MatMul, Softmax, no local functions, no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class ExportedGraph:
 
     model: ir.Model
     passes: tuple[PassResult, ...]
+    traced_weights: tuple[ir.Value, ...] = ()
 
 
 def stage_passes() -> Sequence[GraphPass]:
@@ -95,9 +96,10 @@ def trace_stage(module: nn.Module, contract: StageContract, *, max_id: int = 2) 
             f"{[axis.name for axis in contract.axes]} dynamic"
         ) from error
     model: ir.Model = program.model  # type: ignore[union-attr]  # None only for dynamo=False
+    weights = tuple(model.graph.initializers.values())
     fold_constants(model)
     model, results = apply_passes(model, stage_passes(), stage=contract.name)
-    return ExportedGraph(model, results)
+    return ExportedGraph(model, results, weights)
 
 
 def fold_constants(model: ir.Model) -> None:
@@ -125,4 +127,15 @@ def trace_and_save(module: nn.Module, contract: StageContract, path: Path, **opt
     """`trace_stage`, `save_graph`; returns what the passes did."""
     traced = trace_stage(module, contract, **options)
     save_graph(traced.model, path)
+    drop_weights((*traced.traced_weights, *traced.model.graph.initializers.values()))
     return traced.passes
+
+
+def drop_weights(weights: Iterable[ir.Value]) -> None:
+    """Let go of the tensors of a graph that is done with.
+
+    onnxscript's rewrite rules are module-level objects that remember their last match, and with it the whole graph:
+    without this the weights of one stage stay in memory until another one is optimised.
+    """
+    for value in weights:
+        value.const_value = None

@@ -14,7 +14,7 @@ import torch
 
 from ...errors import ExportError
 from ...models.contract import KvCacheContract
-from ..graph import OPSET, fold_constants, save_graph
+from ..graph import OPSET, drop_weights, fold_constants, save_graph
 from ..passes import GraphPass, PassResult, apply_passes
 from ..passes.gemm import MatMulFromGemm
 from ..passes.gqa import GroupQueryAttention
@@ -53,6 +53,7 @@ def build(model: VisionLanguageModel, precision: str, directory: Path) -> tuple[
     assert cache is not None
     text = model.config.text_config
     graph = _trace(model.load_stage("llm"), text, cache)
+    weights = tuple(graph.graph.initializers.values())
     rename_cache(graph, cache)
     fold_constants(graph)
     passes: tuple[GraphPass, ...] = (
@@ -71,6 +72,7 @@ def build(model: VisionLanguageModel, precision: str, directory: Path) -> tuple[
     if precision == "int4":
         graph = quantize_matmuls(graph)
     save_graph(graph, directory / DECODER)
+    drop_weights((*weights, *graph.graph.initializers.values()))
     return results
 
 

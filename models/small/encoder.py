@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,18 +62,34 @@ class LabelledEncoder(nn.Module):
         return self.kind(patches), self.color(patches), self.cell(patches), self.background(tokens[:, 0])
 
 
+def mirrored(pictures: PictureSet, rows: Tensor, mirror: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pictures ``rows`` with their patch labels, left and right swapped where ``mirror`` bool ``[B]`` says so.
+
+    Every shape is its own mirror image, so this doubles the pictures for nothing.
+    """
+    grid = math.isqrt(pictures.kinds.shape[1])
+    pixels = pictures.pixels[rows]
+    swapped = torch.tensor([-1, *(cell // 3 * 3 + 2 - cell % 3 for cell in range(len(CELLS)))])
+    labels = {"kinds": pictures.kinds[rows], "colors": pictures.colors[rows], "cells": pictures.cells[rows]}
+    turned = {name: value.view(-1, grid, grid).flip(-1).flatten(1) for name, value in labels.items()}
+    turned["cells"] = swapped[turned["cells"] + 1]
+    labels = {name: torch.where(mirror[:, None], turned[name], value) for name, value in labels.items()}
+    return torch.where(mirror[:, None, None, None], pixels.flip(-1), pixels), labels
+
+
 def encoder_loss(model: LabelledEncoder, pictures: PictureSet, recipe: Recipe) -> LossOf:
     """Cross-entropy of a random batch of pictures."""
 
     def loss_of(generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(pictures), (recipe.encoder.batch,), generator=generator)
-        kind, color, cell, background = model(pictures.pixels[rows])
+        mirror = torch.rand(len(rows), generator=generator) < 0.5
+        pixels, labels = mirrored(pictures, rows, mirror)
+        kind, color, cell, background = model(pixels)
         return {
-            # Of patches with a shape alone (so is the cell): among all patches, nine in ten empty, this loss
-            # would drown.
-            "shape": F.cross_entropy(kind.flatten(0, 1), pictures.kinds[rows].flatten() - 1, ignore_index=-1),
-            "cell": F.cross_entropy(cell.flatten(0, 1), pictures.cells[rows].flatten(), ignore_index=-1),
-            "color": F.cross_entropy(color.flatten(0, 1), pictures.colors[rows].flatten()),
+            # Of patches with a shape alone (so is the cell): among all patches, nine in ten empty, these would drown.
+            "shape": F.cross_entropy(kind.flatten(0, 1), labels["kinds"].flatten() - 1, ignore_index=-1),
+            "cell": F.cross_entropy(cell.flatten(0, 1), labels["cells"].flatten(), ignore_index=-1),
+            "color": F.cross_entropy(color.flatten(0, 1), labels["colors"].flatten()),
             "background": F.cross_entropy(background, pictures.backgrounds[rows]),
         }
 

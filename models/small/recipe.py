@@ -57,7 +57,7 @@ class Recipe:
     """The whole training run; the same recipe on the same machine gives the same weights."""
 
     seed: int = 0
-    pictures: int = 16_000
+    pictures: int = 32_000
     sizes: Sizes = Sizes()
     language: Schedule = Schedule(steps=1500, batch=40, learning_rate=2e-3)
     encoder: Schedule = Schedule(steps=2000, batch=64, learning_rate=1.5e-3)

@@ -50,6 +50,7 @@ def odd(odd_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 
 def test_files_and_external_data(odd: Bundle) -> None:
     assert sorted(record.path for record in odd.manifest.files) == [
+        "checkpoint/config.json",
         "connector/attention.onnx",
         "connector/model.onnx",
         "connector/model.onnx.data",

@@ -100,23 +100,39 @@ def test_a_step_writes_one_position_per_row_in_place(pipeline: Pipeline) -> None
         assert [np.flatnonzero(row).tolist() for row in changed] == [[length] for length in LENGTHS]
 
 
-def test_a_step_allocates_nothing_that_grows(pipeline: Pipeline) -> None:
-    decoding = start(pipeline.decoder, new_tokens=100)
-    step(decoding, 3)
+def traced_steps(decoding: Decoding, after_each: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that 60 steps keep, and the most that they hold beyond what they began with."""
+    step(decoding, 10)
     tracemalloc.start()
     try:
-        step(decoding, 10)
-        kept, _ = tracemalloc.get_traced_memory()
+        step(decoding)
+        before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        step(decoding, 60)
-        kept_later, peak = tracemalloc.get_traced_memory()
+        for _ in range(60):
+            step(decoding)
+            after_each()
+        kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    smallest = min(array.nbytes for array in arrays(decoding._cache or pytest.fail("closed")))
-    # What a step needs is Python's own: lists of three tokens. Copying one of the cache's buffers would show.
-    assert smallest >= 48 * 1024
-    assert peak - kept < smallest / 2
-    assert kept_later - kept < 2_000
+    return kept - before, peak - before
+
+
+def test_a_step_allocates_nothing_that_grows(pipeline: Pipeline) -> None:
+    # ONNX Runtime's Python binding pools 124 bytes a run for its first 240 runs or so: run past that first.
+    ids, embeds = np.zeros((1, 1), np.int64), np.zeros((1, 1, 64), np.float32)
+    warm_up = pipeline.engines["embed_tokens"].bind({"input_ids": ids}, {"inputs_embeds": embeds})
+    for _ in range(600):
+        warm_up()
+    decoding = start(pipeline.decoder, new_tokens=100)
+    kept, peak = traced_steps(decoding, lambda: None)
+    decoding.close()
+    planted = start(pipeline.decoder, new_tokens=100)
+    cache, leak = planted._cache or pytest.fail("closed"), []
+    kept_with_leak, _ = traced_steps(planted, lambda: leak.append(planted.logits.copy()))
+    _, peak_with_copy = traced_steps(start(pipeline.decoder, new_tokens=100), lambda: arrays(cache)[0].copy())
+    # What a step needs is Python's own, lists of three tokens; one buffer of the cache has 48 KiB and more.
+    assert kept < 2_000 < kept_with_leak
+    assert peak < 24 * 1024 < peak_with_copy
 
 
 def test_what_an_earlier_batch_left_is_not_read(pipeline: Pipeline) -> None:
