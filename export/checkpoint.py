@@ -6,13 +6,12 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..bundle import Bundle, sha256, staged_directory, write_manifest
-from ..errors import InputError, UnsupportedError
+from ..errors import UnsupportedError
 from ..manifest import CONFIG_FILE, CheckpointRecord, Manifest, StageRecord
 from ..models import load_checkpoint
 from ..models.contract import KvCacheContract, StageContract
@@ -26,6 +25,7 @@ from .llm import export_llm
 from .llm.check import check_decoder, make_ragged_batches
 from .llm.export import decoder_shapes
 from .memory import release_memory
+from .options import check_libraries, check_options, toolchain
 from .passes import PassResult
 from .passes.axes import Dims
 from .processor import freeze_generation, freeze_image_processor, freeze_prompt, freeze_tokenizer
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-PRECISIONS = get_args(StageRecord.model_fields["precision"].annotation)
-TARGETS = get_args(Manifest.model_fields["target"].annotation)
-_PRECISIONS_NOW = ("fp32", "int4")
-_TARGETS_NOW = ("cpu",)
 # Stage -> its graph in the bundle, in the order of the chain.
 FILES = {
     "encoder": "encoder/model.onnx",
@@ -48,16 +44,6 @@ FILES = {
     "llm": "llm/decoder.onnx",
 }
 ATTENTION_FILE = "connector/attention.onnx"
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-genai",
-    "polygraphy",
-)
 
 
 @dataclass(frozen=True)
@@ -90,6 +76,7 @@ def export_checkpoint(
     written.
     """
     check_options(precision, target, calibration)
+    check_libraries()
     say = progress or _say_nothing
     say("reading the checkpoint")
     model = load_checkpoint(checkpoint, allow_pickle=allow_pickle)
@@ -103,23 +90,6 @@ def export_checkpoint(
         check_room(model, staging)
         manifest = _write_bundle(model, cache, staging, precision, say)
     return Bundle(Path(out), manifest)
-
-
-def check_options(precision: str, target: str, calibration: str | Path | None) -> None:
-    """Raise InputError for an unknown precision or target, UnsupportedError for one that comes later."""
-    for what, got, known, now in (
-        ("precision", precision, PRECISIONS, _PRECISIONS_NOW),
-        ("target", target, TARGETS, _TARGETS_NOW),
-    ):
-        if got not in known:
-            raise InputError(f"{what} {got!r} is unknown; accepted are {', '.join(now)}")
-        if got not in now:
-            raise UnsupportedError(f"{what} {got} is not built yet; accepted now are {', '.join(now)}")
-    if calibration is not None:
-        raise UnsupportedError(
-            f"precision {precision} needs no calibration data; leave --calibration {calibration} out (INT8, which "
-            "needs it, is not built yet)"
-        )
 
 
 def _say_nothing(_: str) -> None:
@@ -280,7 +250,7 @@ def _texts(passes: tuple[PassResult, ...]) -> dict[str, str]:
 
 
 def _toolchain() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+    return {"python": platform.python_version(), **toolchain()}
 
 
 def _describe_checkpoint(model: VisionLanguageModel) -> CheckpointRecord:

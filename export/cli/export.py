@@ -33,10 +33,11 @@ def export(
     """Export a trained checkpoint to ONNX, check every graph against PyTorch, and write a bundle."""
     from rich.console import Console
 
-    from ..checkpoint import check_options
+    from ..options import check_libraries, check_options
 
-    # Before the heavy imports of an export: a typing mistake is answered at once.
+    # Before the heavy imports of an export: a typing mistake or a missing library is answered at once.
     check_options(precision, target, calibration)
+    check_libraries()
     # Bound to this stderr: exporters print, and what they print is caught by swapping sys.stderr.
     console = Console(file=sys.stderr)
     started = time.perf_counter()
