@@ -171,7 +171,11 @@ class _Child:
              str(threads), str(job_file)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
 
     def measure(self, features_file: Path | None = None) -> Round:
         """One pass; `features_file` receives the image features as `.npy`."""

@@ -29,9 +29,20 @@ def main(peer: str, source: str, threads: str, job_file: str) -> None:
         request = json.loads(line)
         if features_file := request.get("features_file"):
             np.save(features_file, outputs.image_features)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        answer = {"seconds": outputs.seconds, "token_ids": outputs.token_ids, "peak_bytes": peak}
+        answer = {"seconds": outputs.seconds, "token_ids": outputs.token_ids, "peak_bytes": peak_bytes()}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Linux' `ru_maxrss` is no help: it starts at what the parent had when it forked. `VmHWM` starts with the program.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
+        return int(lines["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":
