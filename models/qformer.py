@@ -89,23 +89,17 @@ class QFormerConfig:
         for name in sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CheckpointError(
-                    f"Q-Former config: {name} is {value!r}; it must be a whole number above 0"
-                )
+                raise CheckpointError(f"Q-Former config: {name} is {value!r}; it must be a whole number above 0")
         if self.hidden_size % self.num_heads:
             raise CheckpointError(
-                f"Q-Former config: hidden_size {self.hidden_size} is no multiple of "
-                f"num_heads {self.num_heads}"
+                f"Q-Former config: hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}"
             )
         if self.activation not in ACTIVATIONS:
             raise CheckpointError(
-                f"Q-Former config: activation {self.activation!r} is unknown; "
-                f"known are {', '.join(ACTIVATIONS)}"
+                f"Q-Former config: activation {self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}"
             )
         if not self.layer_norm_eps > 0:
-            raise CheckpointError(
-                f"Q-Former config: layer_norm_eps is {self.layer_norm_eps}; above 0 is needed"
-            )
+            raise CheckpointError(f"Q-Former config: layer_norm_eps is {self.layer_norm_eps}; above 0 is needed")
 
     @classmethod
     def from_transformers(cls, qformer_config: Mapping[str, Any], num_query_tokens: int) -> QFormerConfig:

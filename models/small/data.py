@@ -27,8 +27,8 @@ class PictureSet:
     """N pictures with their labels.
 
     ``pixels`` uint8 ``[N, 3, S, S]``; per patch (row by row) ``kinds`` and ``colors`` int64 ``[N, P]`` with 0
-    for no shape; ``coverage`` float32 ``[N, P]``: the part of the patch that shapes cover; ``backgrounds``
-    int64 ``[N]``.
+    for no shape, ``cells`` int64 ``[N, P]`` with -1; ``coverage`` float32 ``[N, P]``: the part of the patch that
+    shapes cover; ``backgrounds`` int64 ``[N]``.
     """
 
     pixels: Tensor

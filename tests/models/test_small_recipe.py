@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bridgeport.errors import InputError
 from bridgeport.models.small import stage1, trainer
 from bridgeport.models.small import train as recipe_module
 from bridgeport.models.small.data import pixel_values, tensorize
-from bridgeport.models.small.encoder import position_embeddings
+from bridgeport.models.small.encoder import mirrored, position_embeddings
 from bridgeport.models.small.evaluate import generate_texts, load, measure_attention
 from bridgeport.models.small.pictures import generate
 from bridgeport.models.small.recipe import Recipe, Schedule, Sizes
@@ -170,6 +171,28 @@ def test_patch_labels_lie_where_the_shapes_are() -> None:
         cells = {(float(s.cell // 3), float(s.cell % 3)) for s in example.scene.shapes}
         assert centres == cells
     assert torch.equal(shown.kinds > 0, shown.colors > 0)
+
+
+def test_mirrored_pictures_have_mirrored_labels() -> None:
+    """As if the mirrored picture had been labelled from scratch; unmirrored rows stay as they are."""
+    sizes = Sizes()
+    examples = generate(11, 4)
+    turned = []
+    for example in examples:
+        shapes = tuple(replace(s, cell=s.cell // 3 * 3 + 2 - s.cell % 3) for s in example.scene.shapes)
+        scene = replace(example.scene, shapes=shapes)
+        image = example.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        turned.append(replace(example, image=image, scene=scene, mask=example.mask[:, ::-1]))
+    plain, want = tensorize(examples, sizes), tensorize(turned, sizes)
+    pixels, labels = mirrored(plain, torch.arange(4), torch.tensor([True, False, True, True]))
+    for row, source in enumerate((want, plain, want, want)):
+        # Resizing and mirroring commute up to the rounding of a pixel, and of a mask's edge.
+        assert (pixels[row].int() - source.pixels[row].int()).abs().max() <= 1
+        for name in ("kinds", "colors", "cells"):
+            same = (labels[name][row] == getattr(source, name)[row]).float().mean()
+            assert same >= 0.97, (name, row)
+    unturned = (labels["cells"] == plain.cells).all(dim=1)
+    assert unturned.tolist() == [False, True, False, False], "labels left as they were go unseen"
 
 
 def test_neighbouring_patches_start_alike() -> None:
