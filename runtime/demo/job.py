@@ -111,14 +111,10 @@ def _score(
 
 def _bundle_texts(pipeline: Pipeline) -> Callable[[Sequence[Asked]], list[str]]:
     def texts(asked: Sequence[Asked]) -> list[str]:
-        found = []
-        for start in range(0, len(asked), _BATCH):
-            part = asked[start : start + _BATCH]
-            results = pipeline.generate([image for image, _, _ in part], [prompt for _, prompt, _ in part])
-            found += [result.text for result in results]
-        return found
+        results = pipeline.generate([image for image, _, _ in asked], [prompt for _, prompt, _ in asked])
+        return [result.text for result in results]
 
-    return texts
+    return _in_batches(texts)
 
 
 def _torch_texts(checkpoint: Path) -> Callable[[Sequence[Asked]], list[str]]:
@@ -127,15 +123,17 @@ def _torch_texts(checkpoint: Path) -> Callable[[Sequence[Asked]], list[str]]:
     model, processor = load(checkpoint)
 
     def texts(asked: Sequence[Asked]) -> list[str]:
-        found = []
-        for start in range(0, len(asked), _BATCH):
-            part = asked[start : start + _BATCH]
-            found += generate_texts(
-                model, processor, [image for image, _, _ in part], [prompt for _, prompt, _ in part]
-            )
-        return found
+        return generate_texts(model, processor, [image for image, _, _ in asked], [prompt for _, prompt, _ in asked])
 
-    return texts
+    return _in_batches(texts)
+
+
+def _in_batches(texts: Callable[[Sequence[Asked]], list[str]]) -> Callable[[Sequence[Asked]], list[str]]:
+    def all_texts(asked: Sequence[Asked]) -> list[str]:
+        parts = (asked[start : start + _BATCH] for start in range(0, len(asked), _BATCH))
+        return [text for part in parts for text in texts(part)]
+
+    return all_texts
 
 
 def _megabytes(folder: Path) -> float:
