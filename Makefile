@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-gpu lint format bench bench-memory small-model clean
+.PHONY: demo test test-all test-gpu lint format bench bench-memory bench-connectors small-model clean
 
 demo: $(STAMP)
 	$(BIN)/bridgeport demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not tensorrt"
+	$(BIN)/python -m pytest -n auto -m "not slow and not gpu and not tensorrt"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not tensorrt"
@@ -32,6 +32,9 @@ bench: $(STAMP)
 
 bench-memory: $(STAMP)
 	$(BIN)/python -m benchmarks.export_memory
+
+bench-connectors: $(STAMP)
+	$(BIN)/python -m benchmarks.connectors
 
 small-model: $(STAMP)
 	$(BIN)/python -m bridgeport.models.small --out build/small-model

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .processor_of_frames import load_for_frames, takes_frames
+from .processor_without_video import load_without_video, takes_videos
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -38,12 +40,17 @@ def load_image_processor(path: Path) -> Any:
 
 
 def load_processor(path: Path) -> Any:
-    """The whole `Blip2Processor`."""
-    from transformers import Blip2Processor
+    """The whole processor, run by Pillow and numpy; for pictures alone where it would take videos too."""
+    from transformers import AutoProcessor
 
-    make: Any = Blip2Processor
+    make: Any = AutoProcessor
     _need_one_of(path, TOKENIZER_FILES, "tokenizer")
     _need_one_of(path, IMAGE_PROCESSOR_FILES, "image processor")
+    if takes_frames(path):
+        return _load(path, "processor", lambda: load_for_frames(path, load_tokenizer(path)))
+    if takes_videos(path):
+        parts = load_image_processor(path), load_tokenizer(path)
+        return _load(path, "processor", lambda: load_without_video(path, *parts))
     return _load(path, "processor", lambda: make.from_pretrained(path, backend="pil", local_files_only=True))
 
 
@@ -65,7 +72,7 @@ def _need_one_of(path: Path, names: tuple[str, ...], what: str) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Its loaders log advice on torchvision and on fast tokenizers; its errors still raise."""
     logger = logging.getLogger("transformers")
     level = logger.level
@@ -78,7 +85,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _load(path: Path, what: str, load: Callable[[], Any]) -> Any:
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return load()
     except Exception as error:
         # transformers, tokenizers and json raise what they like for a file that they cannot take.

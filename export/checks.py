@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import ExportError
 from ..models.contract import StageContract
+from ..models.stages import ExampleInputs
 from .graph import example_inputs
 from .memory import release_memory
 from .passes.axes import Dims, dims
@@ -53,7 +54,9 @@ def check_sizes(contract: StageContract) -> list[dict[str, int]]:
     return settings
 
 
-def make_references(module: nn.Module, contract: StageContract, *, max_id: int = 2) -> tuple[list[Reference], int]:
+def make_references(
+    module: nn.Module, contract: StageContract, *, max_id: int = 2, examples: ExampleInputs | None = None
+) -> tuple[list[Reference], int]:
     """PyTorch's outputs at the sizes of `check_sizes`, and how many LayerNorm modules run.
 
     Modules and not calls: transformers' BLIP-2 encoder also norms a pooled token that no stage returns.
@@ -65,7 +68,7 @@ def make_references(module: nn.Module, contract: StageContract, *, max_id: int =
     try:
         with torch.inference_mode():
             for seed, sizes in enumerate(check_sizes(contract), start=1):
-                inputs = example_inputs(contract, sizes, seed=seed, max_id=max_id)
+                inputs = example_inputs(contract, sizes, seed=seed, max_id=max_id, examples=examples)
                 output = module(*inputs.values())
                 references.append(Reference({k: v.numpy() for k, v in inputs.items()}, output.numpy()))
     finally:

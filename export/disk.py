@@ -32,7 +32,7 @@ def fp32_bytes(model: VisionLanguageModel, prefix: str = "") -> int:
 
 def check_room(model: VisionLanguageModel, directory: Path) -> None:
     """Raise OutputError when the disk of `directory` has no room for the bundle and what building it needs."""
-    text = model.config.text_config
+    text = model.config.text_config if model.text_config is None else model.text_config
     llm = fp32_bytes(model, _LLM_PREFIX)
     # The embedding is a stage of its own; where it is tied, the LM head holds a second copy.
     embedding = _FP32 * text.vocab_size * text.hidden_size

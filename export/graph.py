@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..models.contract import StageContract
+from ..models.stages import ExampleInputs
 from .passes import GraphPass, PassResult, apply_passes
+from .passes.axes import NameAxes
 from .passes.modules import KeepModuleScopes
 from .passes.qkv import SplitFusedQkv
 from .passes.weights import TransposeWeights
@@ -46,10 +48,20 @@ def stage_passes() -> Sequence[GraphPass]:
 
 
 def example_inputs(
-    contract: StageContract, sizes: dict[str, int], *, seed: int = 0, max_id: int = 2
+    contract: StageContract,
+    sizes: dict[str, int],
+    *,
+    seed: int = 0,
+    max_id: int = 2,
+    examples: ExampleInputs | None = None,
 ) -> dict[str, Tensor]:
-    """Random inputs of the stage at the given axis sizes: normal floats, ids in ``[0, max_id)``."""
+    """Random inputs of the stage at the given axis sizes: those of `examples`, else normal floats and ids in
+    ``[0, max_id)``.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if examples is not None:
+        made = examples(sizes, generator)
+        return {spec.name: made[spec.name] for spec in contract.inputs}
     inputs = {}
     for spec in contract.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
@@ -61,7 +73,17 @@ def example_inputs(
     return inputs
 
 
-def trace_stage(module: nn.Module, contract: StageContract, *, max_id: int = 2) -> ExportedGraph:
+def _name_outputs(contract: StageContract) -> Sequence[GraphPass]:
+    """An axis that only outputs have was traced as an expression of others, and is given its name."""
+    inputs = {dim for spec in contract.inputs for dim in spec.shape}
+    if all(dim in inputs or isinstance(dim, int) for spec in contract.outputs for dim in spec.shape):
+        return ()
+    return (NameAxes({spec.name: spec.shape for spec in (*contract.inputs, *contract.outputs)}),)
+
+
+def trace_stage(
+    module: nn.Module, contract: StageContract, *, max_id: int = 2, examples: ExampleInputs | None = None
+) -> ExportedGraph:
     """Trace `module` (tensors in, one tensor out) into a graph with the contract's names and axes.
 
     The graph's weights are views of the module's parameters until `save_graph` has written them.
@@ -71,7 +93,7 @@ def trace_stage(module: nn.Module, contract: StageContract, *, max_id: int = 2) 
         for axis, example in zip(contract.axes, _EXAMPLE_SIZES, strict=False)
     }
     dims = {axis.name: torch.export.Dim(axis.name, min=axis.min, max=axis.max) for axis in contract.axes}
-    inputs = example_inputs(contract, sizes, max_id=max_id)
+    inputs = example_inputs(contract, sizes, max_id=max_id, examples=examples)
     shapes = tuple(
         {i: dims[dim] for i, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in contract.inputs
     )
@@ -98,7 +120,7 @@ def trace_stage(module: nn.Module, contract: StageContract, *, max_id: int = 2) 
     model: ir.Model = program.model  # type: ignore[union-attr]  # None only for dynamo=False
     weights = tuple(model.graph.initializers.values())
     fold_constants(model)
-    model, results = apply_passes(model, stage_passes(), stage=contract.name)
+    model, results = apply_passes(model, (*stage_passes(), *_name_outputs(contract)), stage=contract.name)
     return ExportedGraph(model, results, weights)
 
 

@@ -35,15 +35,18 @@ _TIMEOUT_SECONDS = 900
 _SHARE_FROM_ELEMENTS = 4096
 
 
-def lint_graphs(graphs: Mapping[str, Path], scratch: Path) -> dict[str, str]:
+def lint_graphs(
+    graphs: Mapping[str, Path], scratch: Path, sizes: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, str]:
     """Lint every graph (stage -> file) in a process of its own; stage -> "clean".
 
-    `scratch`: an empty directory for stand-ins and reports. Raises ExportError with the first finding.
+    `scratch`: an empty directory for stand-ins and reports. `sizes`: stage -> axis -> size, for axes that cannot be 1,
+    with which the linter runs every other one. Raises ExportError with the first finding.
     """
     arguments: list[str] = []
     for stage, path in graphs.items():
         stand_in = scratch / f"{stage}.onnx"
-        write_stand_in(path, stand_in)
+        write_stand_in(path, stand_in, (sizes or {}).get(stage, {}))
         arguments += [str(stand_in), str(scratch / f"{stage}.json")]
     try:
         done = subprocess.run(
@@ -56,8 +59,11 @@ def lint_graphs(graphs: Mapping[str, Path], scratch: Path) -> dict[str, str]:
     return {stage: _read_report(stage, scratch / f"{stage}.json", done.stderr) for stage in graphs}
 
 
-def write_stand_in(path: Path, out: Path) -> None:
-    """The graph of `path` with one weight for each shape and type, written to `out` without external data."""
+def write_stand_in(path: Path, out: Path, sizes: Mapping[str, int] | None = None) -> None:
+    """The graph of `path` with one weight for each shape and type, written to `out` without external data.
+
+    `sizes`: axes of its inputs that are fixed.
+    """
     model = ir.load(path)
     firsts: dict[tuple[Any, ...], ir.Value] = {}
     for name, value in list(model.graph.initializers.items()):
@@ -71,6 +77,11 @@ def write_stand_in(path: Path, out: Path) -> None:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
+    for value in model.graph.inputs:
+        if sizes and value.shape is not None:
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else sizes.get(dim.value or "", dim) for dim in value.shape]
+            )
     ir.save(model, out)
 
 

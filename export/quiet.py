@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 _KNOWN_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     # torch.export copies its own pytree specs, whose class torch itself deprecates.
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
+    # Two inputs that share an axis, which is meant: the graph's axes are asserted after the export.
+    (UserWarning, r"# The axis name: [\w*]+ will not be used, since it shares the same shape constraints"),
 )
 # Loggers that write notes about optional packages that are not installed, one per operator, or about versions.
 _NOISY_LOGGERS = (

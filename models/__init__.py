@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .checkpoint import VisionLanguageModel, load_checkpoint
     from .contract import Axis, StageContract, TensorSpec
     from .qformer import QFormer, QFormerConfig, SelfAttentionMask
+    from .registry import register_connector
 
 _HOMES = {
     "Axis": "contract",
@@ -25,6 +26,7 @@ _HOMES = {
     "TensorSpec": "contract",
     "VisionLanguageModel": "checkpoint",
     "load_checkpoint": "checkpoint",
+    "register_connector": "registry",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "TensorSpec",
     "VisionLanguageModel",
     "load_checkpoint",
+    "register_connector",
 ]
 
 

@@ -6,6 +6,7 @@ The vision encoder and the language model are transformers' modules; the connect
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError
-from .contract import Axis, KvCacheContract, StageContract, TensorSpec
+from .contract import StageContract
+from .dual_encoder import text_axis, text_encoder_contract, text_examples, text_inputs
+from .language import (
+    batch_axis,
+    check_image_token,
+    float_spec,
+    kv_cache,
+    language_contracts,
+    language_stages,
+    tied_head,
+)
 from .qformer import QFormer, QFormerConfig, transformers_names
-from .stages import Layout, Stage
-
-MAX_BATCH = 64
+from .stages import ExampleInputs, Layout, Stage
+from .t5 import t5_contracts, t5_ignored, t5_kv_cache, t5_stages, t5_tied
 
 
 class Blip2Encoder(nn.Module):
@@ -89,87 +99,98 @@ class Blip2RetrievalConnector(nn.Module):
         return logits
 
 
+class Blip2TextEncoder(Blip2RetrievalConnector):
+    """The same weights, reading a text."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`input_ids`, `attention_mask` `[B, L]` to `text_features` `[B, P]`, each of length 1."""
+        return self.text_features(input_ids, attention_mask)
+
+
+class Blip2Matcher(Blip2RetrievalConnector):
+    """The same weights, reading a picture and a text together."""
+
+    def __init__(self, qformer_config: QFormerConfig, projection_size: int) -> None:
+        super().__init__(qformer_config, projection_size)
+        # The head reads the queries alone, so nothing comes of the text behind the last attention.
+        last: Any = self.qformer.layers[-1]
+        last.text_feed_forward = None
+
+    def forward(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Picture `[B, N, Dv]` and its text `[B, L]` to `logits` `[B, 2]` (no, yes)."""
+        return self.match(image_embeds, input_ids, attention_mask)
+
+
 def conditional_generation(config: Any) -> Layout:
-    """`Blip2ForConditionalGeneration` in the stages encoder, connector, embed_tokens and llm."""
+    """`Blip2ForConditionalGeneration` in the stages encoder, connector, embed_tokens, llm and, with T5, llm_encoder."""
     _check_generation(config)
     text = config.text_config
     qformer = _qformer_config(config, text=False)
     names = {f"qformer.{ours}": theirs for ours, theirs in transformers_names(qformer).items()}
-    tied = {"language_model.lm_head.weight": _EMBEDDINGS[text.model_type]} if text.tie_word_embeddings else {}
     return Layout(
         kind="blip-2",
         stages={
             "encoder": _encoder(config),
             "connector": Stage(lambda: Blip2Connector(qformer, text.hidden_size), _named(names)),
-            "embed_tokens": Stage(
-                lambda: nn.Embedding(text.vocab_size, text.hidden_size),
-                lambda name: _EMBEDDINGS[text.model_type],
-            ),
-            "llm": Stage(
-                lambda: _language_model(text),
-                lambda name: f"language_model.{name}",
-                finish=_finish_language_model,
-            ),
+            **(t5_stages(text) if text.model_type == "t5" else language_stages(text, **_LANGUAGE_MODEL)),
         },
         contracts={
             "encoder": _encoder_contract(config),
             "connector": _connector_contract(config, text.hidden_size),
-            "embed_tokens": _embed_tokens_contract(text),
-            "llm": _llm_contract(text),
+            **(t5_contracts(text) if text.model_type == "t5" else language_contracts(text)),
         },
-        kv_cache=_kv_cache(text),
-        ignored=_ignored(config),
-        tied=tied,
+        kv_cache=t5_kv_cache(text) if text.model_type == "t5" else kv_cache(text),
+        text_config=text,
+        ignored=_ignored(config) | t5_ignored(),
+        tied=t5_tied() if text.model_type == "t5" else tied_head(text, **_LANGUAGE_MODEL),
     )
 
 
 def image_text_retrieval(config: Any) -> Layout:
-    """`Blip2ForImageTextRetrieval` in the stages encoder and connector; it has no language model."""
+    """`Blip2ForImageTextRetrieval` in the stages encoder, connector, text_encoder and matcher; no language model.
+
+    The last three are one Q-Former, so every stage after the encoder names the same tensors.
+    """
     if not config.qformer_config.use_qformer_text_input:
         raise CheckpointError(
             "config.json: qformer_config.use_qformer_text_input is false, so the Q-Former of this "
             "Blip2ForImageTextRetrieval could not read text; set it to true"
         )
     qformer = _qformer_config(config, text=True)
-    size = config.image_text_hidden_size
-    names = {f"qformer.{ours}": theirs for ours, theirs in transformers_names(qformer).items()}
+    size, length = config.image_text_hidden_size, qformer.max_position_embeddings
+    stored = _named({f"qformer.{ours}": theirs for ours, theirs in transformers_names(qformer).items()})
+    texts = partial(text_examples, vocab_size=qformer.vocab_size)
+    matcher = _matcher_contract(config, length)
     return Layout(
         kind="blip-2-retrieval",
         stages={
             "encoder": _encoder(config),
-            "connector": Stage(lambda: Blip2RetrievalConnector(qformer, size), _named(names)),
+            "connector": Stage(lambda: Blip2RetrievalConnector(qformer, size), stored),
+            "text_encoder": Stage(lambda: Blip2TextEncoder(qformer, size), stored, examples=texts),
+            "matcher": Stage(lambda: Blip2Matcher(qformer, size), stored, examples=partial(_pairs, matcher, texts)),
         },
         contracts={
             "encoder": _encoder_contract(config),
             "connector": _connector_contract(config, size),
+            "text_encoder": text_encoder_contract(length, size),
+            "matcher": matcher,
         },
         ignored=frozenset({"embeddings.position_ids", "vision_model.embeddings.position_ids"}),
     )
 
 
-# Where each text model keeps its embedding.
-_EMBEDDINGS = {
-    "llama": "language_model.model.embed_tokens.weight",
-    "opt": "language_model.model.decoder.embed_tokens.weight",
-}
+# Where a checkpoint keeps decoder and head, and the text models that it may have.
+_LANGUAGE_MODEL = {"model": "language_model.model.", "lm_head": "language_model.lm_head."}
+_TEXT_MODELS = ("llama", "opt", "t5")
 
 
 def _check_generation(config: Any) -> None:
     text = config.text_config
-    if text.model_type not in _EMBEDDINGS:
+    if text.model_type not in _TEXT_MODELS:
         raise UnsupportedError(
-            f"config.json: text_config is of model_type {text.model_type!r}; built so far are {', '.join(_EMBEDDINGS)}"
+            f"config.json: text_config is of model_type {text.model_type!r}; built so far are {', '.join(_TEXT_MODELS)}"
         )
-    if config.image_token_index is None:
-        raise CheckpointError(
-            "config.json has no image_token_index, so nothing says which token stands for the picture; "
-            "save the checkpoint again with transformers 4.46 or newer"
-        )
-    if not 0 <= config.image_token_index < text.vocab_size:
-        raise CheckpointError(
-            f"config.json: image_token_index {config.image_token_index} is outside the text model's "
-            f"vocabulary of {text.vocab_size}; give the id of the image token"
-        )
+    check_image_token(config, text, "image_token_index")
     if getattr(text, "word_embed_proj_dim", text.hidden_size) != text.hidden_size:
         raise UnsupportedError(
             f"config.json: word_embed_proj_dim {text.word_embed_proj_dim} differs from hidden_size "
@@ -200,26 +221,6 @@ def _named(names: Mapping[str, str]) -> Callable[[str], str]:
     return lambda name: names.get(name, name)
 
 
-def _language_model(text_config: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    make: Any = AutoModelForCausalLM  # `from_config` is not typed
-    model: nn.Module = make.from_config(text_config, attn_implementation="sdpa")
-    return model
-
-
-def _finish_language_model(module: nn.Module) -> None:
-    """Make what is computed and not stored, and make tied weights one parameter again."""
-    from transformers import PreTrainedModel
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
-
-    if isinstance(module, LlamaForCausalLM):
-        # Its frequencies were built on the meta device, which computes nothing.
-        module.model.rotary_emb = LlamaRotaryEmbedding(config=module.config)
-    if isinstance(module, PreTrainedModel):
-        module.tie_weights()
-
-
 def _ignored(config: Any) -> frozenset[str]:
     """Buffers that older transformers stored, and the Q-Former's text branch, which generation never runs."""
     names = {"vision_model.embeddings.position_ids", "language_model.model.rotary_emb.inv_freq"}
@@ -232,17 +233,13 @@ def _ignored(config: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-def _batch() -> Axis:
-    return Axis(name="batch", min=1, opt=1, max=MAX_BATCH)
-
-
 def _encoder_contract(config: Any) -> StageContract:
     vision = config.vision_config
     return StageContract(
         name="encoder",
-        inputs=(_float("pixel_values", "batch", 3, vision.image_size, vision.image_size),),
-        outputs=(_float("image_embeds", "batch", _num_image_tokens(vision), vision.hidden_size),),
-        axes=(_batch(),),
+        inputs=(float_spec("pixel_values", "batch", 3, vision.image_size, vision.image_size),),
+        outputs=(float_spec("image_embeds", "batch", _num_image_tokens(vision), vision.hidden_size),),
+        axes=(batch_axis(),),
     )
 
 
@@ -250,55 +247,31 @@ def _connector_contract(config: Any, width: int) -> StageContract:
     vision = config.vision_config
     return StageContract(
         name="connector",
-        inputs=(_float("image_embeds", "batch", _num_image_tokens(vision), vision.hidden_size),),
-        outputs=(_float("image_features", "batch", config.num_query_tokens, width),),
-        axes=(_batch(),),
+        inputs=(float_spec("image_embeds", "batch", _num_image_tokens(vision), vision.hidden_size),),
+        outputs=(float_spec("image_features", "batch", config.num_query_tokens, width),),
+        axes=(batch_axis(),),
     )
 
 
-def _embed_tokens_contract(text: Any) -> StageContract:
+def _matcher_contract(config: Any, length: int) -> StageContract:
     return StageContract(
-        name="embed_tokens",
-        inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence")),),
-        outputs=(_float("inputs_embeds", "batch", "sequence", text.hidden_size),),
-        axes=(_batch(), _length("sequence", text)),
+        name="matcher",
+        inputs=(_encoder_contract(config).outputs[0], *text_inputs()),
+        outputs=(float_spec("logits", "batch", 2),),
+        axes=(batch_axis(), text_axis(length)),
     )
 
 
-def _llm_contract(text: Any) -> StageContract:
-    return StageContract(
-        name="llm",
-        inputs=(
-            _float("inputs_embeds", "batch", "sequence", text.hidden_size),
-            TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "total_sequence")),
-            TensorSpec(name="logits_position", dtype="int64", shape=("batch",)),
-        ),
-        outputs=(_float("logits", "batch", text.vocab_size),),
-        axes=(_batch(), _length("sequence", text), _length("total_sequence", text)),
-    )
-
-
-def _kv_cache(text: Any) -> KvCacheContract:
-    heads = text.num_attention_heads
-    return KvCacheContract(
-        num_layers=text.num_hidden_layers,
-        num_heads=getattr(text, "num_key_value_heads", heads),
-        head_size=getattr(text, "head_dim", text.hidden_size // heads),
-        dtype="float32",
-        shared_buffer=True,
-    )
+def _pairs(
+    contract: StageContract, texts: ExampleInputs, sizes: Mapping[str, int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Random pictures, each with a text."""
+    _, tokens, width = contract.input("image_embeds").shape
+    image_embeds = torch.randn(sizes["batch"], int(tokens), int(width), generator=generator)
+    return {"image_embeds": image_embeds, **texts(sizes, generator)}
 
 
 def _num_image_tokens(vision: Any) -> int:
     """Patches and the class token."""
     patches: int = (vision.image_size // vision.patch_size) ** 2
     return patches + 1
-
-
-def _length(name: str, text: Any) -> Axis:
-    context = text.max_position_embeddings
-    return Axis(name=name, min=1, opt=min(64, context), max=context)
-
-
-def _float(name: str, *shape: int | str) -> TensorSpec:
-    return TensorSpec(name=name, dtype="float32", shape=shape)

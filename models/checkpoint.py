@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, UnsupportedError
 from .contract import KvCacheContract, StageContract
 from .families import FAMILIES, Family
+from .foreign import find
+from .registry import KEY, refuse_remote_code, replace_connector
 from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class VisionLanguageModel:
     config: Any
     layout: Layout
     weights: Weights
+    described_by: tuple[Path, ...]
 
     @property
     def kind(self) -> str:
@@ -51,9 +55,18 @@ class VisionLanguageModel:
         return self.layout.kv_cache
 
     @property
+    def text_config(self) -> Any:
+        """The language model's part of `config`; None where there is no language model."""
+        return self.layout.text_config
+
+    @property
     def files(self) -> tuple[Path, ...]:
-        """config.json and the weight files: what tells one checkpoint from another."""
-        return (self.path / CONFIG, *self.weights.files)
+        """config.json (or what stands for it) and the weight files: what tells one checkpoint from another."""
+        return (*self.described_by, *self.weights.files)
+
+    def relative_path(self, file: Path) -> str:
+        """The name of one of `files`, as a manifest keeps it: its POSIX path from the checkpoint's directory."""
+        return Path(os.path.relpath(file, self.path)).as_posix()
 
     def load_stage(self, name: str) -> nn.Module:
         """A new module of the stage `name`, FP32, eval mode, without gradients.
@@ -89,17 +102,37 @@ def load_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> VisionLa
 
     `allow_pickle`: also take pickle weights, which are read with `weights_only=True`.
 
+    A `bridgeport_connector` in config.json stands in the place of the architecture's own connector: see `registry`.
+
     Raises CheckpointError when it is no checkpoint, of an unknown kind, incomplete or corrupt, or when config
-    and weights disagree (naming the tensor and both shapes); UnsupportedError for a known kind not built yet.
+    and weights disagree (naming the tensor and both shapes); UnsupportedError for a known kind not built yet, and
+    for one that comes with code of its own.
     """
     directory = Path(path)
-    raw = _read_config(directory)
+    reader = find(directory)
+    foreign = None if reader is None else reader(directory, allow_pickle=allow_pickle)
+    raw = _read_config(directory) if foreign is None else foreign.config
     family, architecture = _find_family(directory, raw)
     config = _make_config(directory, raw, family)
-    layout = _lay_out(directory, family, architecture, config)
-    weights = open_weights(directory, allow_pickle=allow_pickle)
+    layout = _lay_out(directory, family, architecture, config, raw.get(KEY))
+    stored = open_weights(directory, allow_pickle=allow_pickle) if foreign is None else foreign.weights
+    weights = layout.canonical(stored)
     layout.check(weights, str(directory))
-    return VisionLanguageModel(directory, architecture, config, layout, weights)
+    described_by = (directory / CONFIG,) if foreign is None else foreign.files
+    return VisionLanguageModel(directory, architecture, config, layout, weights, described_by)
+
+
+def read_layout(path: str | Path) -> tuple[Any, Layout]:
+    """The transformers config of the checkpoint directory at `path`, and its stages; no weights need be there.
+
+    Raises what `load_checkpoint` does for a directory without a config, or with one that cannot be used.
+    """
+    directory = Path(path)
+    reader = find(directory)
+    raw = _read_config(directory) if reader is None else reader(directory, allow_pickle=False).config
+    family, architecture = _find_family(directory, raw)
+    config = _make_config(directory, raw, family)
+    return config, _lay_out(directory, family, architecture, config, raw.get(KEY))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -121,6 +154,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _find_family(directory: Path, raw: dict[str, Any]) -> tuple[Family, str]:
+    refuse_remote_code(str(directory / CONFIG), raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
@@ -155,8 +189,10 @@ def _make_config(directory: Path, raw: dict[str, Any], family: Family) -> Any:
     return config
 
 
-def _lay_out(directory: Path, family: Family, architecture: str, config: Any) -> Layout:
+def _lay_out(directory: Path, family: Family, architecture: str, config: Any, connector: Any) -> Layout:
+    """`connector`: what config.json names in the place of the architecture's own, None for nothing."""
     try:
-        return family.layout(architecture)(config)
+        layout = family.layout(architecture)(config)
+        return layout if connector is None else replace_connector(layout, connector, architecture, config)
     except (CheckpointError, UnsupportedError) as error:
         raise type(error)(f"{directory}: {error}") from error

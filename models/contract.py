@@ -19,13 +19,24 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
 
 
+class WholePatches(Record):
+    """How many whole squares of `size` pixels lie in a picture whose edges are the axes `edges`."""
+
+    edges: tuple[str, str]
+    size: int = Field(ge=1)
+
+
 class Axis(Record):
-    """A dynamic axis. `min`, `opt` and `max` become the bounds of a TensorRT optimization profile."""
+    """A dynamic axis. `min`, `opt` and `max` become the bounds of a TensorRT optimization profile.
+
+    `patches`: for an axis that an output has and no input, how its size follows from those of others.
+    """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     min: int = Field(ge=0)
     opt: int = Field(ge=1)
     max: int = Field(ge=1)
+    patches: WholePatches | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
@@ -48,7 +59,7 @@ class StageContract(Record):
     An axis that stands in several tensors has one size in one call. Every named axis must be declared in `axes`.
     """
 
-    name: Literal["encoder", "connector", "embed_tokens", "llm"]
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     axes: tuple[Axis, ...]
@@ -84,6 +95,10 @@ class StageContract(Record):
                 raise ValueError(f"{self.name}: {spec.name} is {list(shape)}, accepted is {list(spec.shape)}")
             for size, dim in zip(shape, spec.shape, strict=True):
                 self._bind_one(spec, shape, size, dim, sizes)
+        for axis in self.axes:
+            if axis.patches is not None and axis.name not in sizes:
+                height, width = (sizes[edge] // axis.patches.size for edge in axis.patches.edges)
+                sizes[axis.name] = height * width
         return sizes
 
     def _bind_one(

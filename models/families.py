@@ -41,4 +41,71 @@ FAMILIES: dict[str, Family] = {
             "Blip2ForImageTextRetrieval": "image_text_retrieval",
         },
     ),
+    "clip": Family(module="clip", config_class="CLIPConfig", layouts={"CLIPModel": "image_text_model"}),
+    "siglip": Family(module="siglip", config_class="SiglipConfig", layouts={"SiglipModel": "image_text_model"}),
+    "llava": Family(
+        module="llava",
+        config_class="LlavaConfig",
+        layouts={"LlavaForConditionalGeneration": "conditional_generation"},
+    ),
+    "llava_next": Family(
+        module="llava_next",
+        config_class="LlavaNextConfig",
+        layouts={"LlavaNextForConditionalGeneration": "conditional_generation"},
+    ),
+    "qwen2_vl": Family(
+        module="qwen2_vl",
+        config_class="Qwen2VLConfig",
+        layouts={"Qwen2VLForConditionalGeneration": "qwen2_vl"},
+    ),
+    "qwen2_5_vl": Family(
+        module="qwen2_vl",
+        config_class="Qwen2_5_VLConfig",
+        layouts={"Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"},
+    ),
+    "idefics": Family(
+        module="idefics",
+        config_class="IdeficsConfig",
+        layouts={"IdeficsForVisionText2Text": "vision_text_to_text"},
+    ),
+    "idefics2": Family(
+        module="idefics2",
+        config_class="Idefics2Config",
+        layouts={"Idefics2ForConditionalGeneration": "conditional_generation"},
+    ),
+    "idefics3": Family(
+        module="idefics3",
+        config_class="Idefics3Config",
+        layouts={"Idefics3ForConditionalGeneration": "conditional_generation"},
+    ),
+    "smolvlm": Family(
+        module="idefics3",
+        config_class="SmolVLMConfig",
+        layouts={"SmolVLMForConditionalGeneration": "smolvlm"},
+    ),
+    "internvl": Family(
+        module="internvl",
+        config_class="InternVLConfig",
+        layouts={"InternVLForConditionalGeneration": "conditional_generation"},
+    ),
+    "llava_onevision": Family(
+        module="llava_onevision",
+        config_class="LlavaOnevisionConfig",
+        layouts={"LlavaOnevisionForConditionalGeneration": "conditional_generation"},
+    ),
+    "llava_next_video": Family(
+        module="llava_next_video",
+        config_class="LlavaNextVideoConfig",
+        layouts={"LlavaNextVideoForConditionalGeneration": "conditional_generation"},
+    ),
+    "instructblip": Family(
+        module="instructblip",
+        config_class="InstructBlipConfig",
+        layouts={"InstructBlipForConditionalGeneration": "conditional_generation"},
+    ),
+    "instructblipvideo": Family(
+        module="instructblip",
+        config_class="InstructBlipVideoConfig",
+        layouts={"InstructBlipVideoForConditionalGeneration": "video_generation"},
+    ),
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -242,6 +242,11 @@ class QFormer(nn.Module):
             self_attention=tuple(m for m in self_maps if m is not None),
             cross_attention=tuple(m for m in cross_maps if m is not None),
         )
+
+    def keep_queries(self, count: int) -> None:
+        """From now on, compute the first `count` learned queries alone."""
+        self.query_tokens = nn.Parameter(self.query_tokens[:, :count].detach().clone())
+        self.config = replace(self.config, num_query_tokens=count)
 
     def _check(self, image_embeds: Tensor | None, input_ids: Tensor | None) -> None:
         if image_embeds is None and input_ids is None:

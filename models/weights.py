@@ -71,13 +71,31 @@ def open_weights(directory: Path, *, allow_pickle: bool = False) -> Weights:
             "copy the whole checkpoint, or save it again with save_pretrained"
         )
     if not allow_pickle:
-        raise CheckpointError(
-            f"{directory / pickles[0]} is a pickle checkpoint, which can run code when it is read; save it "
-            "as safetensors, or pass --allow-pickle (allow_pickle=True) to read it with weights_only=True"
-        )
+        raise _refuse_pickle(directory / pickles[0])
     if pickles[0] == PICKLE:
         return _Pickles((directory / PICKLE,), ())
     return _Pickles(_shards(directory / PICKLE_INDEX), (directory / PICKLE_INDEX,))
+
+
+def open_weight_file(file: Path, *, allow_pickle: bool = False) -> Weights:
+    """List the one file `file`: safetensors, or what `torch.save` wrote (a state_dict, or {"model": state_dict}).
+
+    Raises CheckpointError when it is missing, cut off or corrupt, or a pickle that is not allowed.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; copy it there")
+    if file.suffix == ".safetensors":
+        return _Safetensors((file,), ())
+    if not allow_pickle:
+        raise _refuse_pickle(file)
+    return _Pickles((file,), ())
+
+
+def _refuse_pickle(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is a pickle checkpoint, which can run code when it is read; save it "
+        "as safetensors, or pass --allow-pickle (allow_pickle=True) to read it with weights_only=True"
+    )
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -184,8 +202,11 @@ class _Pickles:
         except Exception as error:
             # torch raises UnpicklingError, RuntimeError, EOFError and more for a file that it cannot take.
             raise CheckpointError(
-                f"{shard} cannot be read with weights_only=True ({_one_line(error)}); save it as safetensors"
+                f"{shard} cannot be read with weights_only=True ({_one_line(error)}); copy it again, or save it as "
+                "safetensors"
             ) from error
+        if isinstance(state, dict) and isinstance(state.get("model"), dict):
+            state = state["model"]  # a trainer's file: the optimiser's state and settings stand beside the model
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise CheckpointError(f"{shard} holds more than named tensors; save the state_dict as safetensors")
         return state

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .engine import Call, Engine
 from .kv_cache import KvCache, capacity_for
+
+
+class StepInputs(Protocol):
+    """Inputs of `llm` beyond embeddings, mask and logits position, by name: say positions that pictures shift."""
+
+    def prefill(self) -> Mapping[str, NDArray[Any]]:
+        """For the prompts."""
+
+    def step(self) -> Mapping[str, NDArray[Any]]:
+        """For every later step: bound once, so they are the same arrays each time."""
+
+    def advance(self, lengths: NDArray[np.int64]) -> None:
+        """Write what the next step reads into the arrays of `step`: with its token a row is `lengths` `[B]` long."""
 
 
 class Decoder:
@@ -29,11 +42,20 @@ class Decoder:
             ids[: len(row)] = row
         return self.embed_tokens.run({"input_ids": input_ids})["inputs_embeds"], lengths
 
-    def start(self, inputs_embeds: NDArray[Any], lengths: NDArray[np.int64], max_new_tokens: int) -> Decoding:
-        """Prefill `inputs_embeds` `[B, S, D]`, rows right-padded; the cache has room for the new tokens."""
+    def start(
+        self,
+        inputs_embeds: NDArray[Any],
+        lengths: NDArray[np.int64],
+        max_new_tokens: int,
+        more: StepInputs | None = None,
+    ) -> Decoding:
+        """Prefill `inputs_embeds` `[B, S, D]`, rows right-padded; the cache has room for the new tokens.
+
+        `more`: what else the language model's contract asks for.
+        """
         batch = len(lengths)
         cache = self._take_cache(batch, int(lengths.max()) + max_new_tokens)
-        return Decoding(self, cache, inputs_embeds, lengths)
+        return Decoding(self, cache, inputs_embeds, lengths, more)
 
     def give_back(self, cache: KvCache) -> None:
         """Keep `cache` for the next generation, unless a larger one is kept already."""
@@ -60,9 +82,15 @@ class Decoding:
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KvCache, inputs_embeds: NDArray[Any], lengths: NDArray[np.int64]
+        self,
+        decoder: Decoder,
+        cache: KvCache,
+        inputs_embeds: NDArray[Any],
+        lengths: NDArray[np.int64],
+        more: StepInputs | None = None,
     ) -> None:
         self._decoder = decoder
+        self._more = more
         self._cache: KvCache | None = cache
         self._lengths = lengths.copy()
         self.logits = self._prefill(inputs_embeds, cache)
@@ -80,6 +108,8 @@ class Decoding:
         rows = np.flatnonzero(active)
         self._mask[rows, self._lengths[rows]] = 1
         self._lengths[rows] += 1
+        if self._more is not None:
+            self._more.advance(self._lengths)
         embed()
         decode()
 
@@ -95,6 +125,7 @@ class Decoding:
             "inputs_embeds": inputs_embeds,
             "attention_mask": mask,
             "logits_position": self._lengths - 1,
+            **(self._more.prefill() if self._more is not None else {}),
         }
         return self._decoder.llm.run(inputs, cache=cache)["logits"]
 
@@ -107,6 +138,7 @@ class Decoding:
             "inputs_embeds": inputs_embeds,
             "attention_mask": self._mask,
             "logits_position": np.zeros(batch, np.int64),
+            **(self._more.step() if self._more is not None else {}),
         }
         embed = embed_tokens.bind({"input_ids": self._input_ids}, {"inputs_embeds": inputs_embeds})
         return embed, llm.bind(inputs, {"logits": self.logits}, cache=cache)

@@ -40,8 +40,8 @@ class Generation:
 class Stopwatch:
     """Time between laps, by name; laps of one name add up."""
 
-    def __init__(self) -> None:
-        self._seconds = dict.fromkeys(STAGES, 0.0)
+    def __init__(self, stages: Sequence[str] = STAGES) -> None:
+        self._seconds = dict.fromkeys(stages, 0.0)
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
@@ -66,24 +66,39 @@ class Stopwatch:
 
 @dataclass
 class Row:
-    """One sequence of the batch: at most `limit` new tokens, fewer when one of `stop_token_ids` comes."""
+    """One sequence of the batch: at most `limit` new tokens, fewer when a stop token or a stop sequence comes."""
 
     prompt_tokens: int
     sampler: Sampler
     limit: int
     stop_token_ids: frozenset[int]
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def ending(self) -> int:
+        """How many of the newest tokens are a stop sequence."""
+        return max((len(run) for run in self.stop_sequences if _ends_with(self.token_ids, run)), default=0)
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The tokens that the text is made of."""
+        return self.token_ids[: len(self.token_ids) - self.ending]
 
     def advance(self, logits: NDArray[Any]) -> int:
         """Choose the next token from `logits` `[V]`."""
         token = self.sampler.choose(logits)
         self.token_ids.append(token)
-        if token in self.stop_token_ids:
+        if token in self.stop_token_ids or self.ending:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.limit:
             self.finish_reason = "length"
         return token
+
+
+def _ends_with(token_ids: Sequence[int], sequence: tuple[int, ...]) -> bool:
+    return tuple(token_ids[-len(sequence) :]) == sequence
 
 
 def generate_tokens(decoding: Decoding, rows: Sequence[Row]) -> Iterator[list[int | None]]:

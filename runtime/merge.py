@@ -12,19 +12,18 @@ from ..errors import EngineError
 
 
 def merge_image_features(
-    inputs_embeds: NDArray[Any], image_features: NDArray[Any], positions: Sequence[NDArray[np.int64]]
+    inputs_embeds: NDArray[Any], image_features: Sequence[NDArray[Any]], positions: Sequence[NDArray[np.int64]]
 ) -> None:
-    """Write `image_features` `[B, Q, D]` into `inputs_embeds` `[B, S, D]`, in place.
+    """Write row `b`'s `image_features[b]` `[T, D]` into `inputs_embeds[b]` `[S, D]`, in place.
 
-    `positions[b]`: the `Q` indices into row `b`'s sequence, in the order of the features. Token ids play no
-    part, so a prompt that spells the placeholder's name stays text. Raises EngineError when a row has another
-    count of positions than of features, or one outside the sequence.
+    `positions[b]`: the `T` indices into the row's sequence, in the order of the features; a row without pictures has
+    none. Raises EngineError when a row has another count of positions than of features, or one outside the sequence.
     """
-    for row, at in enumerate(positions):
-        count, length = image_features.shape[1], inputs_embeds.shape[1]
-        if len(at) != count or at.min(initial=0) < 0 or at.max(initial=0) >= length:
+    length = inputs_embeds.shape[1]
+    for row, (features, at) in enumerate(zip(image_features, positions, strict=True)):
+        if len(at) != len(features) or at.min(initial=0) < 0 or at.max(initial=0) >= length:
             raise EngineError(
                 f"prompt {row} has {len(at)} image positions in a sequence of {length}, the connector gives "
-                f"{count} features; prompt contract and connector do not fit, export the bundle again"
+                f"{len(features)} features; prompt contract and connector do not fit, export the bundle again"
             )
-        inputs_embeds[row, at] = image_features[row]
+        inputs_embeds[row, at] = features

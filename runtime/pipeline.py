@@ -3,42 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..bundle import Bundle
 from ..errors import InputError
+from ..image_contract import Patches
+from ..manifest import GenerationContract, PromptContract
 from .backends import EngineOptions, load_engines
-from .decoder import Decoder
+from .decoder import Decoder, StepInputs
 from .engine import Engine
+from .flamingo import read_images
 from .generation import Generation, Row, Stopwatch, token_limits
 from .merge import merge_image_features
-from .processor import decode, load_image, load_tokenizer, preprocess_image, tokenize_prompt
+from .mrope import positions_of, takes_positions
+from .processor import PictureTensors, decode, load_picture, load_tokenizer, prepare_picture, tokenize_prompt
+from .processor.instruction import InstructionTokenizer
 from .sampling import Sampler, SamplingOptions, SamplingParams
+from .seq2seq import Seq2SeqDecoder, seq2seq_token_limits
 from .stream import RunningBatch, TextStream
+from .vision import VisionChain
 
 if TYPE_CHECKING:
+    from PIL import Image
     from typing_extensions import Unpack
 
     Picture = str | Path | Image.Image
+    # One for each prompt: a picture, or all pictures of that prompt; None: no pictures at all.
+    Pictures = Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Pictures and prompts as tensors.
 
-    `pixel_values`: `[B, 3, H, W]` float32, or `[1, 3, H, W]` for one picture with `B` prompts. `input_ids`:
-    int64 token ids per prompt, placeholders included. `image_positions`: per prompt, where in it the features
-    go.
+    `pictures`: per prompt, its pictures; one that stands in several prompts is one object. `input_ids`: int64 token
+    ids per prompt, placeholders included. `image_positions`: per prompt, where in it the features go.
     """
 
-    pixel_values: NDArray[np.float32]
+    pictures: tuple[tuple[PictureTensors, ...], ...]
     input_ids: tuple[NDArray[np.int64], ...]
     image_positions: tuple[NDArray[np.int64], ...]
 
@@ -54,9 +62,11 @@ class Pipeline:
         self.manifest = bundle.manifest
         self.engines = engines
         self.options = options
+        self.prompt, self.generation = _generating(bundle)
         self.tokenizer = load_tokenizer(bundle.file(self.manifest.tokenizer))
-        context = self.manifest.generation.context_length
-        self.decoder = Decoder(engines["embed_tokens"], engines["llm"], context)
+        self.instruction = _instruction_tokenizer(bundle, self.prompt)
+        self.vision = VisionChain(bundle, engines)
+        self.decoder = self._make_decoder()
 
     @classmethod
     def load(
@@ -80,113 +90,181 @@ class Pipeline:
         """
         options = EngineOptions(device, threads, None if checkpoint is None else Path(checkpoint))
         verified = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        _generating(verified)  # before a stage is loaded
         return cls(verified, load_engines(engine, verified, options), options)
 
-    def encode(self, images: Picture | Sequence[Picture]) -> NDArray[np.float32]:
-        """Image features `[B, Q, D]`, as they are merged into the prompt; one picture gives `B` = 1."""
-        return self.encode_pixels(self._pixel_values(_as_list(images)))
+    def encode(self, images: Picture | Sequence[Picture], prompt: str = "") -> NDArray[np.float32]:
+        """Image features `[B, T, D]`, as they are merged into the prompt; one picture gives `B` = 1.
+
+        `prompt`: what a connector reads that takes instructions (InstructBLIP); to others it makes no difference.
+        Raises InputError for pictures that give different numbers `T` of tokens: pass those one by one.
+        """
+        pictures = [self.instruct(self.prepare_picture(source), prompt) for source in _as_list(images)]
+        features = self._features(pictures)
+        if len({len(rows) for rows in features}) > 1:
+            raise InputError(
+                f"the pictures give {[len(rows) for rows in features]} tokens, which are no one array; "
+                "encode pictures of different shapes one by one"
+            )
+        return np.stack(features)
 
     @overload  # a str is a sequence of str to the type checker, and one picture here
     def generate(  # type: ignore[overload-overlap]
-        self, images: Picture, prompt: str = "", **options: Unpack[SamplingOptions]
+        self, images: Picture | None, prompt: str = "", *, interleave: bool = False, **options: Unpack[SamplingOptions]
     ) -> Generation: ...
 
     @overload
     def generate(
-        self, images: Sequence[Picture], prompt: str | Sequence[str] = "", **options: Unpack[SamplingOptions]
+        self,
+        images: Sequence[Picture] | Sequence[Sequence[Picture]],
+        prompt: str | Sequence[str] = "",
+        *,
+        interleave: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> list[Generation]: ...
 
     @overload
     def generate(
-        self, images: Picture, prompt: list[str] | tuple[str, ...], **options: Unpack[SamplingOptions]
+        self,
+        images: Picture | None,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        interleave: bool = False,
+        **options: Unpack[SamplingOptions],
     ) -> list[Generation]: ...
 
     def generate(
         self,
-        images: Picture | Sequence[Picture],
+        images: Pictures,
         prompt: str | Sequence[str] = "",
+        *,
+        interleave: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Generation | list[Generation]:
         """Answer `prompt` about a picture; an empty prompt captions it.
 
-        One picture and one prompt give one `Generation`. Lists run as one batch and give a list: pictures and
-        prompts pairwise, one prompt for all pictures, or one picture for all prompts; every row is as if it
-        ran alone. `options`: the fields of `SamplingParams`; greedy by default.
+        One picture (or None, for a model that takes text alone) and one prompt give one `Generation`. Lists run as one
+        batch and give a list: pictures and prompts pairwise, one prompt for all pictures, or one picture for all
+        prompts; every row is as if it ran alone. A list in the list holds all pictures of one prompt, which stand in
+        front of it, or with `interleave` where its `{image}` marks are. `options`: the fields of `SamplingParams`;
+        greedy by default.
 
         Raises InputError for a picture, prompt or option that cannot be used, EngineError when a stage fails.
         """
-        batch = self._start(images, prompt, _params(options))
+        batch = self._start(images, prompt, _params(options), interleave=interleave)
         try:
             for _ in batch.steps():
                 pass
         finally:
             batch.close()
-        results = [batch.result(row, decode(self.tokenizer, row.token_ids)) for row in batch.rows]
+        results = [batch.result(row, decode(self.tokenizer, row.text_ids)) for row in batch.rows]
         return results[0] if _is_one(images) and isinstance(prompt, str) else results
 
-    def stream(self, image: Picture, prompt: str = "", **options: Unpack[SamplingOptions]) -> TextStream:
-        """As `generate` for one picture, piece by piece; `generation` is there after the last piece."""
-        if not _is_one(image) or not isinstance(prompt, str):
-            raise InputError("stream takes one picture and one prompt; use generate for several")
-        return TextStream(self._start(image, prompt, _params(options)), self.tokenizer)
+    def stream(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        prompt: str = "",
+        *,
+        interleave: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> TextStream:
+        """As `generate` for one prompt with its pictures, piece by piece; `generation` is there after the last one."""
+        if not isinstance(prompt, str):
+            raise InputError("stream takes one prompt with its pictures; use generate for several")
+        together = [[]] if images is None else [_as_list(images)]
+        return TextStream(self._start(together, prompt, _params(options), interleave=interleave), self.tokenizer)
 
-    def prepare(self, images: Picture | Sequence[Picture], prompts: str | Sequence[str]) -> Prepared:
+    def prepare(self, images: Pictures, prompts: str | Sequence[str], *, interleave: bool = False) -> Prepared:
         """Pictures and prompts as the manifest's contracts lay them out, not yet encoded.
 
         Raises InputError for what is no picture or prompt, and for lists that do not pair up.
         """
-        pictures, texts = _as_list(images), [prompts] if isinstance(prompts, str) else list(prompts)
-        if len(texts) == 1:
-            texts *= len(pictures)
-        if len(pictures) not in (1, len(texts)):
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        groups = self._group(images)
+        texts = texts * len(groups) if len(texts) == 1 else texts
+        groups = groups * len(texts) if len(groups) == 1 else groups
+        if len(groups) != len(texts):
             raise InputError(
-                f"{len(pictures)} pictures and {len(texts)} prompts came; "
-                "accepted are as many of each, or one of either"
+                f"{len(groups)} pictures and {len(texts)} prompts came; accepted are as many of each, or one of either"
             )
-        pixel_values = self._pixel_values(pictures)
         self._check_batch(len(texts))
-        encoded = [tokenize_prompt(self.tokenizer, self.manifest.prompt, text) for text in texts]
+        made: dict[tuple[int, int], PictureTensors] = {}
+        for group in groups:
+            for source in group:
+                key = (id(source), len(group))
+                if key not in made:
+                    made[key] = self.prepare_picture(source, len(group))
+        pictures = tuple(tuple(made[id(source), len(group)] for source in group) for group in groups)
+        encoded = [
+            tokenize_prompt(
+                self.tokenizer, self.prompt, text, [picture.pieces for picture in row], interleave=interleave
+            )
+            for text, row in zip(texts, pictures, strict=True)
+        ]
         return Prepared(
-            pixel_values,
-            tuple(np.array(prompt.input_ids, np.int64) for prompt in encoded),
-            tuple(np.arange(len(prompt.input_ids))[prompt.image_positions] for prompt in encoded),
+            self._instruct_rows(pictures, texts),
+            tuple(np.array(one.input_ids, np.int64) for one in encoded),
+            tuple(np.array(one.image_positions, np.int64) for one in encoded),
         )
 
-    def encode_pixels(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`pixel_values` `[B, 3, H, W]` to image features `[B, Q, D]`."""
-        image_embeds = self.engines["encoder"].run({"pixel_values": pixel_values})["image_embeds"]
-        return self.engines["connector"].run({"image_embeds": image_embeds})["image_features"]
-
     def merge(
-        self, prepared: Prepared, image_features: NDArray[np.float32]
+        self, prepared: Prepared, image_features: Sequence[NDArray[np.float32]] | NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Prompt embeddings with the features in place `[B, S, D]`, right-padded, and lengths `[B]`."""
+        """Prompt embeddings with the features in place `[B, S, D]`, right-padded, and lengths `[B]`.
+
+        `image_features`: `[T, D]` of all pictures of each row.
+        """
         inputs_embeds, lengths = self.decoder.embed(prepared.input_ids)
-        if len(image_features) == 1:
-            image_features = np.broadcast_to(image_features, (len(lengths), *image_features.shape[1:]))
-        merge_image_features(inputs_embeds, image_features, prepared.image_positions)
+        if self.manifest.flamingo is None:
+            merge_image_features(inputs_embeds, list(image_features), prepared.image_positions)
         return inputs_embeds, lengths
 
+    def step_inputs(
+        self, prepared: Prepared, lengths: NDArray[np.int64], image_features: Sequence[NDArray[np.float32]]
+    ) -> StepInputs | None:
+        """What the language model asks for beyond the embeddings of rows of `lengths` `[B]`.
+
+        M-RoPE's positions, or what Flamingo's cross-attention reads of `image_features` (see `merge`).
+        """
+        flamingo = self.manifest.flamingo
+        if flamingo is not None:
+            token = self.prompt.image_token_id
+            return read_images(self.engines["cross_kv"], flamingo, prepared.input_ids, token, image_features)
+        tiling = self.manifest.image.tiling
+        if not takes_positions(self.engines["llm"].contract) or not isinstance(tiling, Patches):
+            return None
+        return positions_of(lengths, prepared.image_positions, prepared.pictures, tiling.merge_size)
+
     def prefill_logits(
-        self, inputs_embeds: NDArray[np.float32], lengths: NDArray[np.int64] | None = None
+        self,
+        inputs_embeds: NDArray[np.float32],
+        lengths: NDArray[np.int64] | None = None,
+        more: StepInputs | None = None,
     ) -> NDArray[np.float32]:
-        """Logits `[B, V]` after the last of each row's `lengths` `[B]` embeddings (all of `S` by default)."""
+        """Logits `[B, V]` after the last of each row's `lengths` `[B]` embeddings (all of `S` by default).
+
+        `more`: see `step_inputs`.
+        """
         full = np.full(len(inputs_embeds), inputs_embeds.shape[1])
-        decoding = self.decoder.start(inputs_embeds, full if lengths is None else lengths, 0)
+        decoding = self.decoder.start(inputs_embeds, full if lengths is None else lengths, 0, more)
         decoding.close()
         return decoding.logits
 
-    def cross_attention(self, images: Picture | Sequence[Picture]) -> NDArray[np.float32]:
+    def cross_attention(self, images: Picture | Sequence[Picture], prompt: str = "") -> NDArray[np.float32]:
         """Where each query looks: `[B, layers with cross-attention, heads, Q, N]`, `N` tokens of the encoder.
 
-        Loads the bundle's attention graph for this call. UnsupportedError when the bundle has none.
+        `prompt`: what a connector reads that takes instructions; for videos, `B` counts frames. Loads the bundle's
+        attention graph for this call. UnsupportedError when the bundle has none.
         """
         from .attention_map import load_attention_engine
 
-        pixel_values = self._pixel_values(_as_list(images))
-        image_embeds = self.engines["encoder"].run({"pixel_values": pixel_values})["image_embeds"]
+        pictures = [self.instruct(self.prepare_picture(source), prompt) for source in _as_list(images)]
+        self._check_batch(len(pictures))
+        inputs = {"image_embeds": np.concatenate(self.vision.encode(pictures))}
         with load_attention_engine(self.bundle, self.options) as engine:
-            return engine.run({"image_embeds": image_embeds})["cross_attention"]
+            for name in (spec.name for spec in engine.contract.inputs if spec.name not in inputs):
+                inputs[name] = np.concatenate([picture.tensors[name] for picture in pictures])
+            return engine.run(inputs)["cross_attention"]
 
     def close(self) -> None:
         """Free the engines and the cache."""
@@ -203,44 +281,123 @@ class Pipeline:
         self.close()
 
     def _start(
-        self, images: Picture | Sequence[Picture], prompt: str | Sequence[str], params: SamplingParams
+        self, images: Pictures, prompt: str | Sequence[str], params: SamplingParams, *, interleave: bool
     ) -> RunningBatch:
         """Everything up to the first logits."""
         watch = Stopwatch()
-        prepared = self.prepare(images, prompt)
+        prepared = self.prepare(images, prompt, interleave=interleave)
         rows = list(self._rows(prepared, params))
         watch.lap("preprocess")
-        image_embeds = self.engines["encoder"].run({"pixel_values": prepared.pixel_values})["image_embeds"]
-        watch.lap("encoder")
-        features = self.engines["connector"].run({"image_embeds": image_embeds})["image_features"]
-        watch.lap("connector")
+        features = self._row_features(prepared, watch)
         inputs_embeds, lengths = self.merge(prepared, features)
-        decoding = self.decoder.start(inputs_embeds, lengths, max(row.limit for row in rows))
+        more = self.step_inputs(prepared, lengths, features)
+        decoding = self.decoder.start(inputs_embeds, lengths, max(row.limit for row in rows), more)
         watch.lap("prefill")
         return RunningBatch(decoding, rows, watch)
 
+    def _row_features(self, prepared: Prepared, watch: Stopwatch) -> list[NDArray[np.float32]]:
+        """The features `[T, D]` of all pictures of each row; a picture of several rows is computed once."""
+        unique = {id(picture): picture for row in prepared.pictures for picture in row}
+        features = dict(zip(unique, self._features(list(unique.values()), watch), strict=True))
+        width = int(self.engines["connector"].contract.outputs[0].shape[-1])
+        nothing = np.zeros((0, width), np.float32)
+        return [np.concatenate([nothing, *(features[id(picture)] for picture in row)]) for row in prepared.pictures]
+
+    def _features(
+        self, pictures: Sequence[PictureTensors], watch: Stopwatch | None = None
+    ) -> list[NDArray[np.float32]]:
+        watch = watch or Stopwatch()
+        image_embeds = self.vision.encode(pictures)
+        watch.lap("encoder")
+        connected = self.vision.connect(pictures, image_embeds)
+        features = [self.vision.arrange(*one) for one in zip(pictures, connected, strict=True)]
+        watch.lap("connector")
+        return features
+
     def _rows(self, prepared: Prepared, params: SamplingParams) -> Iterator[Row]:
-        contract = self.manifest.generation
+        contract, seq2seq = self.generation, self.manifest.seq2seq
         lengths = [len(ids) for ids in prepared.input_ids]
-        limits = token_limits(lengths, params.max_new_tokens, contract)
+        if seq2seq is None:
+            limits = token_limits(lengths, params.max_new_tokens, contract)
+        else:
+            limits = seq2seq_token_limits(lengths, params.max_new_tokens, contract, seq2seq)
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(contract.eos_token_ids))
         for row, (ids, limit) in enumerate(zip(prepared.input_ids, limits, strict=True)):
             generator = params.generator(row, len(lengths))
-            yield Row(len(ids), Sampler(params, ids.tolist(), contract.vocab_size, generator), limit, stop)
+            runs = () if params.ignore_eos else contract.stop_sequences
+            # What counts as said already: the prompt, or in a decoder of its own the token that it starts with.
+            said = ids.tolist() if seq2seq is None else [seq2seq.decoder_start_token_id]
+            yield Row(len(ids), Sampler(params, said, contract.vocab_size, generator), limit, stop, runs)
 
-    def _pixel_values(self, pictures: Sequence[Picture]) -> NDArray[np.float32]:
-        if not pictures:
-            raise InputError("no picture came; give at least one")
-        self._check_batch(len(pictures))
-        for picture in pictures:
-            if not isinstance(picture, str | Path | Image.Image):
-                raise InputError(f"a picture is a {type(picture).__name__}; accepted is a path or a Pillow picture")
-        return np.stack([preprocess_image(load_image(picture), self.manifest.image) for picture in pictures])
+    def _make_decoder(self) -> Decoder:
+        engines, seq2seq = self.engines, self.manifest.seq2seq
+        if seq2seq is None:
+            return Decoder(engines["embed_tokens"], engines["llm"], self.generation.context_length)
+        return Seq2SeqDecoder(engines["embed_tokens"], engines["llm_encoder"], engines["llm"], seq2seq)
+
+    def _group(self, images: Pictures) -> list[list[Any]]:
+        """The pictures of each prompt. With a model of videos, a list in the list is one video, frame by frame."""
+        if images is None:
+            return [[]]
+        sources = _as_list(images)
+        if not sources:
+            raise InputError("no picture came; give at least one, or None for a prompt without pictures")
+        nested = [not _is_one(source) for source in sources]
+        if self.manifest.image.tiling.kind == "frames" or not any(nested):
+            return [[source] for source in sources]
+        if not all(nested):
+            raise InputError("pictures and lists of pictures came mixed; give a list of pictures for each prompt")
+        return [list(source) for source in sources]
+
+    def prepare_picture(self, source: Any, pictures: int = 1) -> PictureTensors:
+        """One picture (or video) as the encoder takes it; `pictures`: how many its prompt holds."""
+        contract = self.manifest.image
+        return prepare_picture(load_picture(source, contract), contract, pictures=pictures)
+
+    def instruct(self, picture: PictureTensors, prompt: str) -> PictureTensors:
+        """`picture` with `prompt` as the connector reads it; the picture itself where the connector reads none.
+
+        Raises InputError for a prompt that the connector cannot read.
+        """
+        if self.instruction is None:
+            return picture
+        tiles = len(picture.tensors["pixel_values"])
+        return replace(picture, tensors={**picture.tensors, **self.instruction.tensors(prompt, tiles)})
+
+    def _instruct_rows(
+        self, rows: Sequence[Sequence[PictureTensors]], prompts: Sequence[str]
+    ) -> tuple[tuple[PictureTensors, ...], ...]:
+        """A picture with the same prompt in several rows stays one object."""
+        made: dict[tuple[int, str], PictureTensors] = {}
+        for row, prompt in zip(rows, prompts, strict=True):
+            for picture in row:
+                if (id(picture), prompt) not in made:
+                    made[id(picture), prompt] = self.instruct(picture, prompt)
+        return tuple(
+            tuple(made[id(picture), prompt] for picture in row) for row, prompt in zip(rows, prompts, strict=True)
+        )
 
     def _check_batch(self, count: int) -> None:
-        most = min(engine.contract.axis("batch").max for engine in self.engines.values())
+        most = self.engines["llm"].contract.axis("batch").max
         if count > most:
             raise InputError(f"{count} rows came, the bundle takes at most {most} at once; pass them in parts")
+
+
+def _generating(bundle: Bundle) -> tuple[PromptContract, GenerationContract]:
+    """The contracts of a bundle that generates text; InputError for another."""
+    manifest = bundle.manifest
+    if manifest.prompt is None or manifest.generation is None:
+        raise InputError(
+            f"{bundle.path} scores pictures against texts ({manifest.model_kind}) and generates none; use "
+            "`bridgeport score`"
+        )
+    return manifest.prompt, manifest.generation
+
+
+def _instruction_tokenizer(bundle: Bundle, prompt: PromptContract) -> InstructionTokenizer | None:
+    """None where the connector reads pictures alone."""
+    contract = prompt.instruction
+    return None if contract is None else InstructionTokenizer(bundle.file(contract.tokenizer), contract)
 
 
 def _params(options: Any) -> SamplingParams:
@@ -252,7 +409,7 @@ def _params(options: Any) -> SamplingParams:
 
 
 def _is_one(images: Any) -> bool:
-    return not isinstance(images, Sequence) or isinstance(images, str)
+    return not isinstance(images, list | tuple)
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -60,6 +60,9 @@ class TextStream(Iterator[str]):
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._pieces: list[str] = []
         self._waiting: deque[str] = deque()
+        # Tokens that may yet turn out to be a stop sequence.
+        self._held: deque[int] = deque()
+        self._hold = max((len(run) for run in batch.rows[0].stop_sequences), default=1) - 1
         self._open = True
 
     @property
@@ -100,9 +103,18 @@ class TextStream(Iterator[str]):
         if tokens is None:
             self._open = False
             self._batch.close()
-            piece = self._detokenizer.finish()
+            for _ in range(min(self._batch.rows[0].ending, len(self._held))):
+                self._held.pop()
+            piece = "".join(self._detokenizer.push(token) for token in self._held) + self._detokenizer.finish()
         else:
-            token = tokens[0]
-            piece = "" if token is None else self._detokenizer.push(token)
+            piece = self._push(tokens[0])
         if piece:
             self._waiting.append(piece)
+
+    def _push(self, token: int | None) -> str:
+        if token is not None:
+            self._held.append(token)
+        row = self._batch.rows[0]
+        if row.ending or len(self._held) <= self._hold:
+            return ""
+        return self._detokenizer.push(self._held.popleft())

@@ -36,7 +36,7 @@ def blip2_bundle(
         if name not in written:
             out = tmp_path_factory.mktemp(f"{name}-bundle") / "bundle"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export, "_lint", lambda *_: None)  # takes half the time, and has tests of its own
+                patch.setattr(export, "lint_stages", lambda *_: None)  # takes half the time, and has tests of its own
                 written[name] = export.export_checkpoint(blip2_checkpoint(name), out).path
         return written[name]
 
@@ -49,6 +49,41 @@ def retrieval_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.checkpoints import write_retrieval_checkpoint
 
     return write_retrieval_checkpoint(tmp_path_factory.mktemp("retrieval"))
+
+
+@pytest.fixture(scope="session")
+def score_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The random checkpoint that `SCORE_CONFIGS` has under a name, written once; do not change it."""
+    from tests.checkpoints_score import write_score_checkpoint
+
+    written: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in written:
+            written[name] = write_score_checkpoint(tmp_path_factory.mktemp(name), name)
+        return written[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def score_bundle(
+    score_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The bundle of the checkpoint that `SCORE_CONFIGS` has under a name, exported once; do not change it."""
+    from bridgeport.export import export_checkpoint, score
+
+    written: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in written:
+            out = tmp_path_factory.mktemp(f"{name}-bundle") / "bundle"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(score, "lint_stages", lambda *_: None)  # takes half the time; a slow test does it
+                written[name] = export_checkpoint(score_checkpoint(name), out).path
+        return written[name]
+
+    return get
 
 
 @pytest.fixture(scope="session")

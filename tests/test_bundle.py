@@ -27,6 +27,7 @@ from bridgeport.manifest import (
     Resize,
     StageRecord,
     TextSegment,
+    Whole,
 )
 from bridgeport.models.contract import Axis, KvCacheContract, StageContract, TensorSpec
 
@@ -72,12 +73,12 @@ def make_manifest(**changes: Any) -> Manifest:
             for name in STAGES
         ),
         "kv_cache": KvCacheContract(num_layers=1, num_heads=1, head_size=8, dtype="float32", shared_buffer=True),
-        "image": ImageContract(steps=(Resize(height=2, width=2, resample="bicubic"),)),
+        "image": ImageContract(steps=(Resize(height=2, width=2, resample="bicubic"),), tiling=Whole(tokens=2)),
         "prompt": PromptContract(
             segments=(ImageSegment(), TextSegment(add_special_tokens=True)),
             image_token_id=3,
             image_token="<image>",
-            tokens_per_image=2,
+            placeholder="<|kept|>",
         ),
         "generation": GenerationContract(
             eos_token_ids=(2,), pad_token_id=None, bos_token_id=1, context_length=8, vocab_size=4
@@ -190,8 +191,8 @@ def test_unknown_and_missing_keys(bundle: Path) -> None:
     rewrite(bundle, lambda document: document["image"].update(crop=True))
     with pytest.raises(BundleSchemaError, match=r"image\.crop: Extra inputs are not permitted \(1 in all\)"):
         Bundle.load(bundle)
-    rewrite(bundle, lambda document: (document["image"].pop("crop"), document.pop("kv_cache")))
-    with pytest.raises(BundleSchemaError, match=r"kv_cache: Field required"):
+    rewrite(bundle, lambda document: (document["image"].pop("crop"), document.pop("image")))
+    with pytest.raises(BundleSchemaError, match=r"image: Field required"):
         Bundle.load(bundle)
 
 

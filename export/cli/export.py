@@ -24,6 +24,15 @@ def export(
     calibration: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Calibration data; no precision that is built now needs it.")
     ] = None,
+    reduce_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--reduce-tokens",
+            metavar="METHOD:N",
+            help="Fewer image tokens: pool:S averages S x S of them, tome:R merges R away, queries:K computes the "
+            "first K learned queries.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a directory that exists.")] = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickle weights too, with weights_only=True.")
@@ -33,10 +42,13 @@ def export(
     """Export a trained checkpoint to ONNX, check every graph against PyTorch, and write a bundle."""
     from rich.console import Console
 
+    from ...models.reduction_contract import parse_reduction
     from ..options import check_libraries, check_options
 
     # Before the heavy imports of an export: a typing mistake or a missing library is answered at once.
     check_options(precision, target, calibration)
+    if reduce_tokens is not None:
+        parse_reduction(reduce_tokens)
     check_libraries()
     # Bound to this stderr: exporters print, and what they print is caught by swapping sys.stderr.
     console = Console(file=sys.stderr)
@@ -51,6 +63,7 @@ def export(
             precision=precision,
             target=target,
             calibration=calibration,
+            reduce_tokens=reduce_tokens,
             force=force,
             allow_pickle=allow_pickle,
             progress=status.update,
@@ -103,9 +116,11 @@ def _print(summary: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
+    generates = any(stage["name"] == "llm" for stage in summary["stages"])
+    verb, words = ("run", "--prompt TEXT") if generates else ("score", "--text TEXT")
     console.print(
         f"{summary['bytes'] / 1e6:.1f} MB in {summary['seconds']} s; next: "
-        f"bridgeport run {summary['bundle']} --image PICTURE --prompt TEXT",
+        f"bridgeport {verb} {summary['bundle']} --image PICTURE {words}",
         markup=False,
         highlight=False,
     )

@@ -17,12 +17,15 @@ import torch
 
 from ...models.contract import KvCacheContract
 from ..checks import BATCH_SIZES, FloatArray, Reference, compare
+from .attention import position_axes
 from .dequantize import dequantize_into
+
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 # Tokens after the prompt, one decoder step each.
 STEPS = 2
 _LONGEST_PROMPT = 9
-# MatMulNBits at accuracy_level 4 rounds activations to INT8 in blocks of 32. Measured over the tests' random models,
+# MatMulNBits at accuracy_level 4 rounds activations to INT8, a block at a time. Measured over the tests' random models,
 # which have nothing to average over: up to 4 % of the largest logit. A weight read wrongly is off by 50 % and more.
 INT8_ACTIVATIONS_OF_LARGEST = 0.1
 
@@ -32,11 +35,13 @@ class RaggedBatch:
     """Token rows of different lengths, their embeddings and PyTorch's logits.
 
     ``embeds[r]``: ``[length + STEPS, D]``; ``logits``: ``[B, 1 + STEPS, V]``, after the prompt and after each step.
+    ``positions[r]``: int64 ``[3, length + STEPS]`` for a decoder whose positions come in (M-RoPE), else no rows.
     """
 
     lengths: tuple[int, ...]
     embeds: tuple[FloatArray, ...]
     logits: FloatArray
+    positions: tuple[IntArray, ...] = ()
 
 
 def make_ragged_batches(llm: Any, context_length: int, *, decoder: Path | None = None) -> list[RaggedBatch]:
@@ -52,15 +57,27 @@ def make_ragged_batches(llm: Any, context_length: int, *, decoder: Path | None =
     batches = []
     for size in BATCH_SIZES:
         lengths = tuple(int(n) for n in random.integers(1, longest + 1, size))
-        rows = [_run_row(llm, random.integers(0, llm.config.vocab_size, n + STEPS), n) for n in lengths]
-        batches.append(RaggedBatch(lengths, tuple(row[0] for row in rows), np.stack([row[1] for row in rows])))
+        ids = [random.integers(0, llm.config.vocab_size, n + STEPS) for n in lengths]
+        positions = _random_positions(llm, lengths, random)
+        rows = [_run_row(llm, *row) for row in zip(ids, lengths, positions or (None,) * size, strict=True)]
+        embeds, logits = zip(*rows, strict=True)
+        batches.append(RaggedBatch(lengths, embeds, np.stack(logits), positions))
     return batches
 
 
-def _run_row(llm: Any, ids: Any, length: int) -> tuple[FloatArray, FloatArray]:
+def _random_positions(llm: Any, lengths: tuple[int, ...], random: np.random.Generator) -> tuple[IntArray, ...]:
+    """Any three numbers for each token: nothing in the graph may rely on what they are of pictures and texts."""
+    axes = position_axes(llm.config)
+    if axes == 1:
+        return ()
+    return tuple(random.integers(0, 2 * _LONGEST_PROMPT, (axes, n + STEPS)) for n in lengths)
+
+
+def _run_row(llm: Any, ids: IntArray, length: int, positions: IntArray | None) -> tuple[FloatArray, FloatArray]:
+    options = {} if positions is None else {"position_ids": torch.from_numpy(positions[:, None])}
     with torch.inference_mode():
         embeds = llm.get_input_embeddings()(torch.from_numpy(ids)[None])
-        logits = llm(inputs_embeds=embeds, use_cache=False).logits[0, length - 1 :]
+        logits = llm(inputs_embeds=embeds, use_cache=False, **options).logits[0, length - 1 :]
     return embeds[0].numpy(), logits.float().numpy()
 
 
@@ -81,7 +98,7 @@ def check_decoder(
         found["max_abs_int8_activations"] = _compare(path, batches, cache, INT8_ACTIVATIONS_OF_LARGEST)
         exact = path.with_name(f".{path.name}")
         try:
-            _write_with_fp32_activations(path, exact)
+            write_with_fp32_activations(path, exact)
             found["max_abs"] = _compare(exact, batches, cache, None)
         finally:
             exact.unlink(missing_ok=True)
@@ -90,7 +107,7 @@ def check_decoder(
     return found
 
 
-def _write_with_fp32_activations(path: Path, out: Path) -> None:
+def write_with_fp32_activations(path: Path, out: Path) -> None:
     model = ir.load(path)
     for node in model.graph:
         if node.op_type == "MatMulNBits":
@@ -125,8 +142,8 @@ def _compare(
 def _run_batch(session: Any, batch: RaggedBatch, cache: KvCacheContract) -> list[FloatArray]:
     import onnxruntime
 
-    size, longest = len(batch.lengths), max(batch.lengths)
-    shape = (size, cache.num_heads, longest + STEPS, cache.head_size)
+    longest = max(batch.lengths)
+    shape = (len(batch.lengths), cache.num_heads, longest + STEPS, cache.head_size)
     buffers = {
         (layer, kind): onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
         for layer in range(cache.num_layers)
@@ -134,17 +151,9 @@ def _run_batch(session: Any, batch: RaggedBatch, cache: KvCacheContract) -> list
     }
     results = []
     for step in range(1 + STEPS):
-        if step == 0:
-            embeds = np.stack([np.pad(row[:n], ((0, longest - n), (0, 0))) for n, row in _rows(batch)])
-            position = np.array(batch.lengths, np.int64) - 1
-        else:
-            embeds = np.stack([row[n + step - 1 : n + step] for n, row in _rows(batch)])
-            position = np.zeros(size, np.int64)
-        mask = (np.arange(longest + step)[None] < np.array(batch.lengths)[:, None] + step).astype(np.int64)
         binding = session.io_binding()
-        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds))
-        binding.bind_cpu_input("attention_mask", mask)
-        binding.bind_cpu_input("logits_position", position)
+        for name, array in step_inputs(batch, step).items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for (layer, kind), buffer in buffers.items():
             binding.bind_ortvalue_input(cache.past.format(layer=layer, kind=kind), buffer)
             binding.bind_ortvalue_output(cache.present.format(layer=layer, kind=kind), buffer)
@@ -152,6 +161,33 @@ def _run_batch(session: Any, batch: RaggedBatch, cache: KvCacheContract) -> list
         session.run_with_iobinding(binding)
         results.append(binding.get_outputs()[-1].numpy())
     return results
+
+
+def step_inputs(batch: RaggedBatch, step: int) -> dict[str, Any]:
+    """Inputs of the prompts (`step` 0), right-padded, or of the `step`-th token after each."""
+    lengths, longest = np.array(batch.lengths, np.int64), max(batch.lengths)
+    inputs: dict[str, Any] = {
+        "attention_mask": (np.arange(longest + step)[None] < lengths[:, None] + step).astype(np.int64)
+    }
+    if step == 0:
+        inputs["logits_position"] = lengths - 1
+        pad = [((0, longest - n), (0, 0)) for n in batch.lengths]
+        inputs["inputs_embeds"] = np.stack([np.pad(row[:n], p) for (n, row), p in zip(_rows(batch), pad, strict=True)])
+    else:
+        inputs["logits_position"] = np.zeros_like(lengths)
+        inputs["inputs_embeds"] = np.stack([row[n + step - 1 : n + step] for n, row in _rows(batch)])
+    if batch.positions:
+        inputs["position_ids"] = np.stack(
+            [_slice_positions(row, n, longest, step) for n, row in zip(batch.lengths, batch.positions, strict=True)],
+            axis=1,
+        )
+    return inputs
+
+
+def _slice_positions(positions: IntArray, length: int, longest: int, step: int) -> IntArray:
+    if step == 0:
+        return np.pad(positions[:, :length], ((0, 0), (0, longest - length)))
+    return positions[:, length + step - 1 : length + step]
 
 
 def _rows(batch: RaggedBatch) -> list[tuple[int, FloatArray]]:

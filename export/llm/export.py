@@ -51,8 +51,15 @@ _GENAI = _Builder("onnxruntime-genai", genai.build, genai.accepts, copies=1)
 _EXPORTERS = _Builder("transformers.exporters", exporters.build, exporters.accepts, copies=0)
 # In order of preference.
 _BUILDERS: dict[str, tuple[_Builder, ...]] = {
+    "gemma": (_GENAI, _EXPORTERS),
     "llama": (_GENAI, _EXPORTERS),
+    "mistral": (_GENAI, _EXPORTERS),
     "opt": (_EXPORTERS,),
+    "phi": (_EXPORTERS,),
+    "phi3": (_EXPORTERS,),
+    "qwen2": (_GENAI, _EXPORTERS),
+    "qwen2_5_vl_text": (_EXPORTERS,),
+    "qwen2_vl_text": (_EXPORTERS,),
 }
 
 
@@ -66,7 +73,7 @@ def export_llm(model: VisionLanguageModel, contract: StageContract, path: Path, 
     cache = model.kv_cache
     if cache is None:
         raise UnsupportedError(f"{model.path}: {model.architecture} has no language model, so there is nothing to run")
-    builder = _choose(model.config.text_config, cache)
+    builder = _choose(model.text_config, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = builder.build(model, precision, path.parent)
     graph = ir.load(path)
@@ -79,7 +86,9 @@ def export_llm(model: VisionLanguageModel, contract: StageContract, path: Path, 
 
 def scratch_bytes(model: VisionLanguageModel, llm_bytes: int) -> int:
     """Bytes that building the decoder needs for a while, beside the result, for an LLM of `llm_bytes` in FP32."""
-    return 0 if model.kv_cache is None else _choose(model.config.text_config, model.kv_cache).copies * llm_bytes
+    if model.kv_cache is None or "llm_encoder" in model.contracts or "cross_kv" in model.contracts:
+        return 0  # traced from the weights as they lie (seq2seq.py, flamingo.py)
+    return _choose(model.text_config, model.kv_cache).copies * llm_bytes
 
 
 def decoder_shapes(contract: StageContract, cache: KvCacheContract) -> dict[str, Dims]:

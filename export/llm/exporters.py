@@ -22,6 +22,7 @@ from ..passes.modules import KeepModuleScopes
 from ..passes.positions import PositionsFromMask
 from ..passes.weights import TransposeWeights
 from ..quiet import quiet_exporters
+from .attention import position_axes, sliding_windows, unknown_attention
 from .genai import DECODER
 from .int4 import quantize_matmuls
 
@@ -42,6 +43,9 @@ def accepts(text_config: Any, cache: KvCacheContract) -> str | None:
     rope = (getattr(text_config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _ROPE_TYPES:
         return f"rope_type {rope!r}; a trace holds {', '.join(_ROPE_TYPES)}"
+    other = unknown_attention(text_config)
+    if other is not None:
+        return other
     if text_config.max_position_embeddings < _TOKENS + _PAST:
         return f"max_position_embeddings {text_config.max_position_embeddings} is below {_TOKENS + _PAST}"
     return None
@@ -51,8 +55,9 @@ def build(model: VisionLanguageModel, precision: str, directory: Path) -> tuple[
     """Write `decoder.onnx` and `decoder.onnx.data` into `directory`."""
     cache = model.kv_cache
     assert cache is not None
-    text = model.config.text_config
-    graph = _trace(model.load_stage("llm"), text, cache)
+    text = model.text_config
+    axes = position_axes(text)
+    graph = _trace(model.load_stage("llm"), text, cache, axes)
     weights = tuple(graph.graph.initializers.values())
     rename_cache(graph, cache)
     fold_constants(graph)
@@ -65,9 +70,12 @@ def build(model: VisionLanguageModel, precision: str, directory: Path) -> tuple[
             num_heads=text.num_attention_heads,
             kv_heads=cache.num_heads,
             head_size=cache.head_size,
+            windows={cache.past.format(layer=i, kind="key"): size for i, size in sliding_windows(text).items()},
         ),
-        PositionsFromMask(text.max_position_embeddings),
     )
+    if axes == 1:
+        # With several axes positions are not those of the mask: they stay an input.
+        passes = (*passes, PositionsFromMask(text.max_position_embeddings))
     graph, results = apply_passes(graph, passes, stage="llm")
     if precision == "int4":
         graph = quantize_matmuls(graph)
@@ -76,8 +84,11 @@ def build(model: VisionLanguageModel, precision: str, directory: Path) -> tuple[
     return results
 
 
-def _trace(llm: Any, text_config: Any, cache: KvCacheContract) -> ir.Model:
-    """The decoder with a growing cache, `inputs_embeds` and explicit `position_ids`."""
+def _trace(llm: Any, text_config: Any, cache: KvCacheContract, position_axes: int) -> ir.Model:
+    """The decoder with a growing cache, `inputs_embeds` and explicit `position_ids`.
+
+    The cache has no config, so that layers with a sliding window keep all tokens as the others do.
+    """
     from transformers import DynamicCache
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
@@ -87,17 +98,18 @@ def _trace(llm: Any, text_config: Any, cache: KvCacheContract) -> ir.Model:
     states = (_BATCH, cache.num_heads, _PAST, cache.head_size)
     for layer in range(cache.num_layers):
         past.update(torch.randn(states), torch.randn(states), layer)
+    positions = torch.arange(_PAST, _PAST + _TOKENS).repeat(_BATCH, 1)
     inputs = {
         "inputs_embeds": torch.randn(_BATCH, _TOKENS, text_config.hidden_size),
         "attention_mask": torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64),
-        "position_ids": torch.arange(_PAST, _PAST + _TOKENS).repeat(_BATCH, 1),
+        "position_ids": positions if position_axes == 1 else positions.repeat(position_axes, 1, 1),
         "past_key_values": past,
     }
     auto = torch.export.Dim.AUTO
     shapes = {
         "inputs_embeds": {0: auto, 1: auto},
         "attention_mask": {0: auto, 1: auto},
-        "position_ids": {0: auto, 1: auto},
+        "position_ids": {0: auto, 1: auto} if position_axes == 1 else {1: auto, 2: auto},
         "past_key_values": [{0: auto, 2: auto}] * (2 * cache.num_layers),
     }
     config = OnnxConfig(opset_version=OPSET, optimize=False, dynamic_shapes=shapes)

@@ -7,6 +7,7 @@ keys and values into the past's own buffer and takes each row's length, so rows 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,22 +33,38 @@ class _Attention:
     scale: float
     output: ir.Value  # [B, S, heads * size]
 
+    @property
+    def past_key(self) -> str:
+        """Name of the input that holds this layer's past keys."""
+        past = self.key.inputs[0]
+        return "" if past is None else past.name or ""
+
 
 class GroupQueryAttention(GraphPass):
     """Rewrite every cached attention of a decoder.
 
     ``num_heads``, ``kv_heads`` and ``head_size`` are those of the model; ``attention_mask`` `[B, total]` must be an
-    input. Row lengths are the sums of its rows.
+    input. Row lengths are the sums of its rows. ``windows``: for layers with sliding-window attention, the name of the
+    past keys -> how many tokens a token sees, itself among them; the traced mask is dropped whole, windows included.
     """
 
     name = "group-query-attention"
     mandatory = True
 
-    def __init__(self, *, num_layers: int, num_heads: int, kv_heads: int, head_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        kv_heads: int,
+        head_size: int,
+        windows: Mapping[str, int] | None = None,
+    ) -> None:
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.kv_heads = kv_heads
         self.head_size = head_size
+        self.windows = dict(windows or {})
 
     def requires(self, model: ir.Model) -> str | None:
         """One cached attention for each layer, and the mask."""
@@ -55,8 +72,11 @@ class GroupQueryAttention(GraphPass):
             return f"the head size is {self.head_size}; GroupQueryAttention takes multiples of 8"
         if not any(value.name == "attention_mask" for value in model.graph.inputs):
             return "the graph has no input attention_mask"
-        found = len(_matches(model))
-        return None if found == self.num_layers else f"{found} cached attentions found, {self.num_layers} expected"
+        matches = _matches(model)
+        if len(matches) != self.num_layers:
+            return f"{len(matches)} cached attentions found, {self.num_layers} expected"
+        unknown = sorted(set(self.windows) - {match.past_key for match in matches})
+        return f"no attention reads {unknown[0]}, which has a window" if unknown else None
 
     def run(self, model: ir.Model) -> tuple[ir.Model, bool]:
         """Insert the row lengths once, then one GroupQueryAttention for each layer."""
@@ -87,7 +107,12 @@ class GroupQueryAttention(GraphPass):
         node = ir.node(
             "GroupQueryAttention",
             [query, key, value, past_key, past_value, *lengths],
-            {"num_heads": self.num_heads, "kv_num_heads": self.kv_heads, "scale": scale * match.scale},
+            {
+                "num_heads": self.num_heads,
+                "kv_num_heads": self.kv_heads,
+                "scale": scale * match.scale,
+                "local_window_size": self.windows.get(match.past_key, -1),
+            },
             domain=CONTRIB,
             num_outputs=3,
             name=f"{anchor.name}/GroupQueryAttention",

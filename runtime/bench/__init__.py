@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import EngineError
+from ...errors import EngineError, InputError
 from ...manifest import CONFIG_FILE
 from .peers import Job, peer_record, require_compiler
 from .report import BenchReport, PeerResult, Round
@@ -91,7 +91,13 @@ def core_count() -> int:
 def _bundle_contestant(path: Path) -> Contestant:
     from ...bundle import read_manifest
 
-    precision = read_manifest(path).stage("llm").precision.upper()
+    manifest = read_manifest(path)
+    if manifest.score is not None:
+        raise InputError(
+            f"{path} scores pictures against texts ({manifest.model_kind}), and bench times generating; "
+            "`bridgeport score --json` has the time of each stage"
+        )
+    precision = manifest.stage("llm").precision.upper()
     return Contestant(f"Bridgeport {precision}", "bridgeport", path)
 
 
@@ -124,10 +130,7 @@ def measure(
     tell = progress or (lambda message: None)
     with tempfile.TemporaryDirectory() as folder:
         job_file = Path(folder) / "job.npz"
-        np.savez(
-            job_file, pixel_values=job.pixel_values, input_ids=job.input_ids, image_positions=job.image_positions,
-            new_tokens=job.new_tokens,
-        )  # fmt: skip
+        job.save(job_file)
         children: list[_Child] = []
         try:
             for contestant in contestants:

@@ -13,19 +13,20 @@ from .peers import Job, Outputs, Stopwatch
 def prepare_job(pipeline: Pipeline, picture: Any, prompt: str, new_tokens: int) -> Job:
     """The tensors of one picture and one prompt, which every peer is given."""
     prepared = pipeline.prepare(picture, prompt)
-    return Job(prepared.pixel_values, prepared.input_ids[0][None], prepared.image_positions[0], new_tokens)
+    return Job(prepared.pictures[0][0], prepared.input_ids[0][None], prepared.image_positions[0], new_tokens)
 
 
 def run_chain(pipeline: Pipeline, job: Job, watch: Stopwatch) -> Outputs:
     """Encoder, connector, prefill and `job.new_tokens` greedy tokens, each timed by `watch`."""
-    engines = pipeline.engines
-    image_embeds = engines["encoder"].run({"pixel_values": job.pixel_values})["image_embeds"]
+    image_embeds = pipeline.vision.encode([job.picture])
     watch.lap("encoder")
-    features = engines["connector"].run({"image_embeds": image_embeds})["image_features"]
+    connected = pipeline.vision.connect([job.picture], image_embeds)
+    features = pipeline.vision.arrange(job.picture, connected[0])
     watch.lap("connector")
-    prepared = Prepared(job.pixel_values, (job.input_ids[0],), (job.image_positions,))
-    inputs_embeds, lengths = pipeline.merge(prepared, features)
-    decoding = pipeline.decoder.start(inputs_embeds, lengths, job.new_tokens)
+    prepared = Prepared(((job.picture,),), (job.input_ids[0],), (job.image_positions,))
+    inputs_embeds, lengths = pipeline.merge(prepared, [features])
+    more = pipeline.step_inputs(prepared, lengths, [features])
+    decoding = pipeline.decoder.start(inputs_embeds, lengths, job.new_tokens, more)
     token_ids = [int(np.argmax(decoding.logits[0]))]
     watch.lap("prefill")
     while len(token_ids) < job.new_tokens:
@@ -33,4 +34,4 @@ def run_chain(pipeline: Pipeline, job: Job, watch: Stopwatch) -> Outputs:
         token_ids.append(int(np.argmax(decoding.logits[0])))
     decoding.close()
     watch.lap("decode")
-    return Outputs(watch.seconds, features, token_ids)
+    return Outputs(watch.seconds, features[None], token_ids)

@@ -16,18 +16,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import DependencyError, InputError
+from ..processor import PictureTensors
 
 STAGES = ("encoder", "connector", "prefill", "decode")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every peer computes: `pixel_values` `[1, 3, H, W]`, `input_ids` `[1, S]`, then `new_tokens` greedy ones."""
+    """What every peer computes: a prompt `input_ids` `[1, S]` with `picture` in it, then `new_tokens` greedy ones."""
 
-    pixel_values: NDArray[np.float32]
+    picture: PictureTensors
     input_ids: NDArray[np.int64]
     image_positions: NDArray[np.int64]
     new_tokens: int
+
+    @property
+    def pixel_values(self) -> NDArray[np.float32]:
+        """`[tiles, 3, H, W]`."""
+        return self.picture.tensors["pixel_values"]
+
+    def save(self, file: Path) -> None:
+        """Write an .npz that `load` reads."""
+        picture: dict[str, Any] = {f"tensor.{name}": array for name, array in self.picture.tensors.items()}
+        if self.picture.weights is not None:
+            picture["weights"] = self.picture.weights
+        np.savez(
+            file, rows=self.picture.rows, input_ids=self.input_ids, image_positions=self.image_positions,
+            new_tokens=self.new_tokens, **picture,
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, file: str | Path) -> Job:
+        """What `save` wrote."""
+        with np.load(file) as data:
+            tensors = {name.removeprefix("tensor."): data[name] for name in data.files if name.startswith("tensor.")}
+            weights = data["weights"] if "weights" in data.files else None
+            picture = PictureTensors(tensors, (len(data["rows"]),), data["rows"], weights)
+            return cls(picture, data["input_ids"], data["image_positions"], int(data["new_tokens"]))
 
 
 @dataclass

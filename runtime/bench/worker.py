@@ -20,8 +20,7 @@ def main(peer: str, source: str, threads: str, job_file: str) -> None:
     """Load the peer, say so, then answer each line on stdin with one measured pass."""
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not stand between the answers
-    with np.load(job_file) as data:
-        job = Job(data["pixel_values"], data["input_ids"], data["image_positions"], int(data["new_tokens"]))
+    job = Job.load(job_file)
     runner = peer_record(peer).make(Path(source), int(threads))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ...bundle import Bundle
-    from ...manifest import StageRecord
+    from ...manifest import PromptContract, ScoreContract, StageRecord
     from ...models.contract import TensorSpec
 
 
@@ -58,23 +58,48 @@ def _print(bundle: Bundle) -> None:
     )
     for record in manifest.stages:
         _print_stage(console, bundle, record)
-    cache, prompt, generation = manifest.kv_cache, manifest.prompt, manifest.generation
-    console.print(
-        f"\nKV cache   {cache.num_layers} layers x {cache.num_heads} heads x {cache.head_size}, {cache.dtype}, "
-        f"{'one shared buffer' if cache.shared_buffer else 'past and present apart'}"
-    )
-    console.print(
-        "picture    RGB, " + ", ".join(_step(step.model_dump()) for step in manifest.image.steps), soft_wrap=True
-    )
+    if manifest.kv_cache is not None:
+        cache = manifest.kv_cache
+        console.print(
+            f"\nKV cache   {cache.num_layers} layers x {cache.num_heads} heads x {cache.head_size}, {cache.dtype}, "
+            f"{'one shared buffer' if cache.shared_buffer else 'past and present apart'}"
+        )
+    tiling = " ".join(f"{key}={value}" for key, value in manifest.image.tiling.model_dump().items() if key != "kind")
+    console.print(f"picture    RGB, {manifest.image.tiling.kind} ({tiling})", soft_wrap=True, highlight=False)
+    console.print("tile       " + ", ".join(_step(step.model_dump()) for step in manifest.image.steps), soft_wrap=True)
+    if manifest.reduction is not None:
+        console.print(f"reduced    {manifest.reduction}: the connector gives fewer tokens than the checkpoint's")
+    if manifest.custom_connector is not None:
+        console.print(f"connector  {manifest.custom_connector!r}, from outside bridgeport", markup=False)
+    if manifest.prompt is not None:
+        console.print("prompt     " + _prompt(manifest.prompt), markup=False, highlight=False)
+    if manifest.score is not None:
+        console.print("score      " + _score(manifest.score), markup=False, highlight=False, soft_wrap=True)
+    if manifest.generation is not None:
+        generation = manifest.generation
+        console.print(f"context    {generation.context_length} tokens, stops at {list(generation.eos_token_ids)}")
+    console.print(_file_table(bundle))
+
+
+def _score(score: ScoreContract) -> str:
+    """What is made of the cosine, and how texts are laid out."""
+    text = score.text
+    learned = "" if "match" in score.methods else f" of {score.scale:.6g} x cosine {score.bias:+.6g}"
+    padding = f"padded to the {'longest' if text.padding == 'longest' else 'full length'}"
+    return f"cosine, {', '.join(score.methods)}{learned}; texts of up to {text.max_length} tokens, {padding}"
+
+
+def _prompt(prompt: PromptContract) -> str:
+    """The segments; a picture is shown as the checkpoint's image token."""
+    picture = prompt.image.replace("{image}", f"<{prompt.image_token} x tokens>")
     parts = [
-        f"{prompt.tokens_per_image} x {prompt.image_token} (id {prompt.image_token_id})"
+        f"pictures as {prompt.image_token} (id {prompt.image_token_id})"
         if segment.kind == "image"
         else f"{segment.template!r}{' with special tokens' if segment.add_special_tokens else ''}"
         for segment in prompt.segments
     ]
-    console.print("prompt     " + " + ".join(parts), markup=False, highlight=False)
-    console.print(f"context    {generation.context_length} tokens, stops at {list(generation.eos_token_ids)}")
-    console.print(_file_table(bundle))
+    with_images = any(segment.kind == "text" and "{images}" in segment.template for segment in prompt.segments)
+    return " + ".join(parts) + (f", each picture {picture!r}" if with_images else "")
 
 
 def _print_stage(console: Console, bundle: Bundle, record: StageRecord) -> None:

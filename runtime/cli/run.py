@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="Directory that `bridgeport export` wrote.")],
-    image: Annotated[list[Path], typer.Option(help="Picture file; several run as one batch, each with the prompt.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture file; several run as one batch, each with the prompt. None: text alone."),
+    ] = None,
     prompt: Annotated[str, typer.Option(help="Text after the picture; without one the picture is captioned.")] = "",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Stop after that many tokens; the bundle's own limit by default.")
@@ -25,6 +28,12 @@ def run(
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of that mass.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids what was said already.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="All pictures belong to one prompt, in front of it.")
+    ] = False,
+    interleave: Annotated[
+        bool, typer.Option("--interleave", help="As --together, each picture at an {image} mark of the prompt.")
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print text as it comes (one picture, no --json).")
     ] = True,
@@ -40,9 +49,10 @@ def run(
     from ..attention_map import check_attention_graph, check_target
     from ..pipeline import Pipeline
 
+    pictures = image or []
     if attention_map is not None:
-        if len(image) > 1:
-            raise InputError(f"--attention-map draws one picture, {len(image)} came; run it with one --image")
+        if len(pictures) != 1:
+            raise InputError(f"--attention-map draws one picture, {len(pictures)} came; run it with one --image")
         check_target(attention_map)
     options: Any = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
@@ -51,17 +61,20 @@ def run(
     with Pipeline.load(bundle, device=device, threads=threads) as pipeline:
         if attention_map is not None:
             check_attention_graph(pipeline.bundle)  # before the text is out, not after
-        if stream and not as_json and len(image) == 1:
-            results = [_stream(pipeline, image[0], prompt, options)]
+        one_prompt = together or interleave or len(pictures) < 2
+        rows: list[list[Path]] = [pictures] if one_prompt else [[picture] for picture in pictures]
+        options["interleave"] = interleave
+        if stream and not as_json and one_prompt:
+            results = [_stream(pipeline, pictures or None, prompt, options)]
         else:
-            results = pipeline.generate(image, prompt, **options)
-            _print(image, results, as_json=as_json)
+            results = pipeline.generate(rows if pictures else None, [prompt] * len(rows), **options)
+            _print(rows, results, as_json=as_json)
         if attention_map is not None:
-            _draw(pipeline, image[0], attention_map)
+            _draw(pipeline, pictures[0], prompt, attention_map)
     typer.echo(_timings(results[0]), err=True)
 
 
-def _stream(pipeline: Pipeline, image: Path, prompt: str, options: Any) -> Generation:
+def _stream(pipeline: Pipeline, image: list[Path] | None, prompt: str, options: Any) -> Generation:
     with pipeline.stream(image, prompt, **options) as pieces:
         for piece in pieces:
             typer.echo(piece, nl=False)
@@ -69,19 +82,19 @@ def _stream(pipeline: Pipeline, image: Path, prompt: str, options: Any) -> Gener
         return pieces.generation
 
 
-def _print(images: list[Path], results: list[Generation], *, as_json: bool) -> None:
+def _print(images: list[list[Path]], results: list[Generation], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(_document(images, results), indent=2, ensure_ascii=False))
         return
     for image, result in zip(images, results, strict=True):
-        typer.echo(result.text if len(results) == 1 else f"{image}: {result.text}")
+        typer.echo(result.text if len(results) == 1 else f"{image[0]}: {result.text}")
 
 
-def _document(images: list[Path], results: list[Generation]) -> dict[str, Any]:
+def _document(images: list[list[Path]], results: list[Generation]) -> dict[str, Any]:
     """One picture: its result at the top. Several: `results`, and the batch's timings once."""
     records = [
         {
-            "image": str(image),
+            "image": str(image[0]) if len(image) == 1 else [str(picture) for picture in image],
             "text": result.text,
             "token_ids": list(result.token_ids),
             "finish_reason": result.finish_reason,
@@ -93,13 +106,14 @@ def _document(images: list[Path], results: list[Generation]) -> dict[str, Any]:
     return records[0] | shared if len(records) == 1 else {"results": records, **shared}
 
 
-def _draw(pipeline: Pipeline, image: Path, target: Path) -> None:
+def _draw(pipeline: Pipeline, image: Path, prompt: str, target: Path) -> None:
+    """Of a video, the first frame."""
     from ..attention_map import write_attention_map
     from ..processor import load_image
 
     picture = load_image(image)
     height, width = pipeline.manifest.stage("encoder").contract.input("pixel_values").shape[2:]
-    write_attention_map(target, picture, pipeline.cross_attention(picture)[0], int(height), int(width))
+    write_attention_map(target, picture, pipeline.cross_attention(image, prompt)[0], int(height), int(width))
     typer.echo(f"wrote {target}", err=True)
 
 

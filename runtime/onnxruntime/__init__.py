@@ -19,7 +19,7 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
         name = stage.contract.name
         # Looking up embeddings is one copy: more threads would only wait for each other.
         threads = 1 if name == "embed_tokens" else options.threads
-        session = load_session(bundle.graph(name), device, threads=threads)
+        session = load_session(bundle.graph(name), device, threads=threads, repeated=name == "llm")
         kv_cache = bundle.manifest.kv_cache if name == "llm" else None
         engines[name] = OnnxRuntimeEngine(stage.contract, session, device, kv_cache)
     return engines

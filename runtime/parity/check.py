@@ -7,18 +7,22 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...bundle import Bundle, sha256
 from ...errors import DependencyError, InputError
+from ...image_contract import Frames, Tiling
 from ..processor import load_image
+from ..processor.instruction import InstructionTokenizer
+from ..processor.tiling.frames import load_video
+from .alter import describe
 from .audit import audit_epsilons, audit_int4_weights
 from .drill import DrillReport, GraphRun
 from .gates import FP32_LOGITS, ChosenGates, choose_gates
-from .locate import drill_into, llm_feeds
+from .locate import drill_into, llm_feeds, prompt_alone
 from .metrics import compare
 from .names import find_probes
-from .pictures import default_pictures, default_prompts
+from .pictures import default_pictures, default_prompts, default_videos
 from .report import CaseReport, Measurement, ParityReport, StageReport
 from .stages import BundleStages, Case, Differences, run_chained, run_isolated
 
@@ -27,7 +31,12 @@ if TYPE_CHECKING:
 
     from .reference import Reference, ReferenceValues
 
+    # A picture; for a model of videos, a film or a list of its frames.
+    Source = str | Path | Image.Image | Sequence[str | Path | Image.Image]
+
 MAX_NEW_TOKENS = 24
+# Of a default video, where the model takes any number.
+DEFAULT_FRAMES = 3
 Reports = tuple[StageReport, ...]
 _VERSIONS = ("bridgeport", "onnxruntime", "torch", "transformers", "numpy", "pillow", "tokenizers")
 
@@ -36,7 +45,7 @@ def check_parity(
     bundle: Bundle | str | Path,
     checkpoint: str | Path,
     *,
-    images: Sequence[str | Path | Image.Image] | None = None,
+    images: Sequence[Source] | None = None,
     prompts: Sequence[str] | None = None,
     drill: bool = False,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -59,13 +68,21 @@ def check_parity(
         raise InputError(f"max_new_tokens is {max_new_tokens}; accepted is 1 or more")
     _need_libraries()
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    if loaded.manifest.score is not None:
+        from .score import check_score_parity
+
+        if drill:
+            raise InputError(f"{loaded.path} scores pictures against texts; the drill knows bundles that generate")
+        pictures: Any = images  # lists of frames are for other bundles
+        return check_score_parity(loaded, checkpoint, images=pictures, texts=prompts, device=device, threads=threads)
     gates = choose_gates(loaded.manifest)
-    cases = make_cases(images, prompts)
+    cases = make_cases(images, prompts, loaded.manifest.image.tiling)
+    _check_instructions(loaded, cases)
 
     from ..pipeline import Pipeline
     from .reference import Reference
 
-    reference = Reference.load(checkpoint)
+    reference = Reference.load(checkpoint, loaded.manifest.reduction)
     _check_same_shapes(loaded, reference)
     values = [reference.run(case.image, case.prompt, max_new_tokens) for case in cases]
     _check_length(loaded, values, max_new_tokens)
@@ -74,7 +91,7 @@ def check_parity(
         isolated = run_isolated(check.stages, cases, values)
         chained, tokens = run_chained(check.stages, cases, values, max_new_tokens)
         reports = check.add_findings(_stage_reports(gates, cases, isolated, chained))
-        if loaded.manifest.stage("llm").precision == "int4":
+        if loaded.manifest.stage("llm").precision == "int4" and prompt_alone(loaded.manifest):
             reports = check.add_same_weights(reports)
         found = check.drill(reports) if drill else None
     return ParityReport(
@@ -85,6 +102,7 @@ def check_parity(
         same_checkpoint=_same_checkpoint(loaded, reference),
         drill=found,
         versions=_versions(),
+        notes=describe(reference.checkpoint),
     )
 
 
@@ -107,7 +125,7 @@ class _Check:
         for stage in ("encoder", "connector", "llm"):
             graph = onnx.load(str(self.bundle.graph(stage)), load_external_data=False).graph
             found[stage] = audit_epsilons(graph, find_probes(stage, graph, manifest, self.reference), model)
-        if manifest.stage("llm").precision == "int4":
+        if manifest.stage("llm").precision == "int4" and prompt_alone(manifest):
             found["llm"] += audit_int4_weights(self.bundle.graph("llm"), model.language_model)
         names = {"encoder": "encoder", "connector": "connector", "first_logits": "llm"}
         return tuple(
@@ -161,11 +179,11 @@ def _need_libraries() -> None:
 
 def _check_same_shapes(bundle: Bundle, reference: Reference) -> None:
     """A checkpoint of another kind or of other sizes cannot be compared with; one of other weights can, and shows."""
-    made_from, config = bundle.manifest.checkpoint, reference.checkpoint.config
-    if made_from.text_model_type != config.text_config.model_type:
+    made_from, text = bundle.manifest.checkpoint, reference.checkpoint.text_config
+    if made_from.text_model_type != text.model_type:
         raise InputError(
             f"{bundle.path} and {reference.checkpoint.path} are of different models: the bundle's text model is "
-            f"{made_from.text_model_type}, the checkpoint's {config.text_config.model_type}; give the checkpoint that "
+            f"{made_from.text_model_type}, the checkpoint's {text.model_type}; give the checkpoint that "
             "the bundle was made from"
         )
     for record in bundle.manifest.stages:
@@ -185,13 +203,23 @@ def _check_same_shapes(bundle: Bundle, reference: Reference) -> None:
         )
 
 
-def make_cases(images: Sequence[str | Path | Image.Image] | None, prompts: Sequence[str] | None) -> list[Case]:
-    """Pair pictures with prompts, the shorter list repeated. Raises InputError for what is no picture."""
+def make_cases(
+    images: Sequence[Source] | None, prompts: Sequence[str] | None, tiling: Tiling | None = None
+) -> list[Case]:
+    """Pair pictures with prompts, the shorter list repeated. Raises InputError for what is no picture.
+
+    `tiling`: the bundle's; for one of videos each entry of `images` is a film or a list of frames.
+    """
     if images is not None and not images:
         raise InputError("images is empty; give at least one picture, or None for the default ones")
     if prompts is not None and not prompts:
         raise InputError('prompts is empty; give at least one (may be ""), or None for the default ones')
-    pictures = default_pictures() if images is None else [_open(source) for source in images]
+    pictures: Sequence[tuple[str, Image.Image | list[Image.Image]]]
+    if isinstance(tiling, Frames):
+        frames = tiling.frames or tiling.sample or DEFAULT_FRAMES
+        pictures = default_videos(frames) if images is None else [_open_video(source, tiling) for source in images]
+    else:
+        pictures = default_pictures() if images is None else [_open(source) for source in images]
     texts = default_prompts() if prompts is None else list(prompts)
     cases = []
     for index in range(max(len(pictures), len(texts))):
@@ -201,9 +229,21 @@ def make_cases(images: Sequence[str | Path | Image.Image] | None, prompts: Seque
     return cases
 
 
+def _check_instructions(bundle: Bundle, cases: Sequence[Case]) -> None:
+    """InputError for a prompt that the connector cannot read; transformers would stop with a traceback."""
+    contract = None if bundle.manifest.prompt is None else bundle.manifest.prompt.instruction
+    if contract is not None:
+        tokenizer = InstructionTokenizer(bundle.file(contract.tokenizer), contract)
+        for case in cases:
+            tokenizer.tensors(case.prompt, 1)
+
+
 def _check_length(bundle: Bundle, values: Sequence[ReferenceValues], max_new_tokens: int) -> None:
+    generation = bundle.manifest.generation
+    if generation is None:
+        return
     context, longest = (
-        bundle.manifest.generation.context_length,
+        generation.context_length,
         max(len(value.input_ids) for value in values),
     )
     if longest + max_new_tokens > context:
@@ -213,7 +253,17 @@ def _check_length(bundle: Bundle, values: Sequence[ReferenceValues], max_new_tok
         )
 
 
-def _open(source: str | Path | Image.Image) -> tuple[str, Image.Image]:
+def _open_video(source: Source, tiling: Frames) -> tuple[str, list[Image.Image]]:
+    """The frames as transformers gets them: those of a list keep their modes."""
+    if isinstance(source, list | tuple):
+        frames = [_open(frame)[1] for frame in source]
+        return f"video of {len(frames)} frames", frames
+    name = Path(source).name if isinstance(source, str | Path) else "video"
+    frames = load_video(source, tiling)
+    return f"{name}, {len(frames)} frames", frames
+
+
+def _open(source: Any) -> tuple[str, Image.Image]:
     """The picture as transformers gets it: upright, its mode kept. Refused is what the run time refuses."""
     from PIL import Image, ImageOps
 
@@ -269,7 +319,7 @@ def _same_checkpoint(bundle: Bundle, reference: Reference) -> bool | None:
     named = bundle.manifest.checkpoint.sha256
     if not named:
         return None
-    found = {path.name: path for path in reference.checkpoint.files}
+    found = {reference.checkpoint.relative_path(path): path for path in reference.checkpoint.files}
     return set(named) == set(found) and all(sha256(found[name]) == digest for name, digest in named.items())
 
 

@@ -85,7 +85,8 @@ def page(report: ParityReport) -> str:
             for stage in report.stages
             for one in stage.findings
         ),
-        "<h2>Greedy tokens of the whole chain</h2>",
+        *(f"<p>{escape(note)}.</p>" for note in report.notes),
+        f"<h2>{escape(report.ids.capitalize())} of the whole chain</h2>",
         _cases(report),
         f'<p class="soft">{escape(", ".join(f"{name} {version}" for name, version in report.versions.items()))}</p>',
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BridgeportError
-from ...manifest import ImageContract, Manifest, Normalize, Rescale, Resize
+from ...manifest import ImageStep, Manifest, Normalize, Rescale, Resize
 from ..processor import load_image, preprocess_image
 from ..processor.image import FILTERS
 from .drill import DrillReport, Step, drill_graph
@@ -47,9 +47,14 @@ def drill_into(
         return drill_pixels(bundle.manifest, reference, case)
     if stage == "placeholder_ids":
         return drill_prompt(bundle.manifest, stages, reference, case, values)
+    if stage in ("first_logits", "tokens") and not prompt_alone(bundle.manifest):
+        note = "a language model that takes more than its prompt's embeddings is compared at its ends only"
+        return DrillReport(stage, None, None, 0, note=note)
     entry = next(entry for entry in STAGES if entry.name == stage)
     computed_by = entry.computed_by or ""
     feeds = _feeds(stage, bundle.manifest, reference, values)
+    if stage == "connector":
+        feeds = {**stages.prepare([case])[0].tensors, **feeds}
     found = drill_graph(
         stage,
         bundle.graph(computed_by),
@@ -68,15 +73,23 @@ def drill_into(
 def _feeds(stage: str, manifest: Manifest, reference: Reference, values: ReferenceValues) -> Feeds:
     """The graph's inputs for one row, as PyTorch has them."""
     if stage == "encoder":
-        return {"pixel_values": values.pixel_values[None]}
+        return {"pixel_values": values.pixel_values}
     if stage == "connector":
-        return {"image_embeds": values.image_embeds[None]}
+        return {"image_embeds": values.image_embeds}
     if stage == "merged_embeddings":
         return {"input_ids": np.array([values.input_ids], np.int64)}
     inputs_embeds = values.inputs_embeds
     if stage == "tokens":
         inputs_embeds = np.concatenate([inputs_embeds, reference.embed(values.token_ids[:-1])])
     return llm_feeds(manifest, inputs_embeds)
+
+
+def prompt_alone(manifest: Manifest) -> bool:
+    """Whether the language model takes the prompt's embeddings and nothing beside them (an encoder's output, M-RoPE's
+    positions, latents of pictures), so that it can be run by itself.
+    """
+    names = {spec.name for spec in manifest.stage("llm").contract.inputs}
+    return names == {"inputs_embeds", "attention_mask", "logits_position"}
 
 
 def llm_feeds(manifest: Manifest, inputs_embeds: NDArray[Any]) -> Feeds:
@@ -91,6 +104,8 @@ def llm_feeds(manifest: Manifest, inputs_embeds: NDArray[Any]) -> Feeds:
 
 def _empty_cache(manifest: Manifest) -> Feeds:
     cache = manifest.kv_cache
+    if cache is None:
+        return {}
     empty = np.zeros((1, cache.num_heads, 0, cache.head_size), cache.dtype)
     return {
         cache.past.format(layer=layer, kind=kind): empty
@@ -107,11 +122,13 @@ def _reference_run(stage: str, reference: Reference, case: Case, feeds: Feeds) -
 
 def drill_pixels(manifest: Manifest, reference: Reference, case: Case) -> DrillReport:
     """The first preprocessing step after which the picture is not the checkpoint's own processor's."""
+    if manifest.image.tiling.kind != "whole" or isinstance(case.image, list):
+        return DrillReport("pixels", None, None, 0, note="a picture that is cut into tiles is compared as a whole only")
     steps = manifest.image.steps
     before: Step | None = None
     for count in range(len(steps) + 1):
         done = steps[:count]
-        ours = preprocess_image(load_image(case.image), ImageContract(steps=done))
+        ours = preprocess_image(load_image(case.image), done)
         theirs = reference.preprocess(case.image, only={step.op for step in done})
         name = done[-1].op if done else "convert_rgb"
         where = f"{type(reference.processor.image_processor).__name__}, {name}"
@@ -123,7 +140,7 @@ def drill_pixels(manifest: Manifest, reference: Reference, case: Case) -> DrillR
     return DrillReport("pixels", None, before, len(steps) + 1, note="every step equals the checkpoint's processor")
 
 
-def _step_cause(step: Resize | Rescale | Normalize, processor: Any) -> tuple[str, ...]:
+def _step_cause(step: ImageStep, processor: Any) -> tuple[str, ...]:
     """Where the step's settings are not those of the checkpoint's processor."""
     pairs: list[tuple[str, object, object]]
     if isinstance(step, Resize):
@@ -133,6 +150,8 @@ def _step_cause(step: Resize | Rescale | Normalize, processor: Any) -> tuple[str
         pairs = [("resample", step.resample, theirs), ("size", [step.height, step.width], size)]
     elif isinstance(step, Rescale):
         pairs = [("factor", step.factor, processor.rescale_factor)]
+    elif not isinstance(step, Normalize):
+        return ()
     else:
         pairs = [
             ("mean", list(step.mean), list(processor.image_mean)),
@@ -148,10 +167,10 @@ def drill_prompt(
 ) -> DrillReport:
     """What is different about the token ids: placeholders first, then the first id that is not PyTorch's."""
     try:
-        prompt = stages.prompts([case.prompt])[0]
+        prompt = stages.prompts([case.prompt], stages.prepare([case]))[0]
     except BridgeportError as error:
         return DrillReport("placeholder_ids", None, None, 0, note=str(error))
-    positions = list(range(len(prompt.input_ids)))[prompt.image_positions]
+    positions = prompt.image_positions
     difference = compare_ids(values.input_ids, prompt.input_ids)
     causes = []
     if len(positions) != len(values.image_positions):
@@ -162,7 +181,7 @@ def drill_prompt(
     pieces = [_piece(reference, ids, at) for ids in (prompt.input_ids, values.input_ids)]
     if difference.where:
         causes.append(f"position {at} holds {pieces[0]}, PyTorch has {pieces[1]}")
-    segments = " + ".join(segment.kind for segment in manifest.prompt.segments)
+    segments = " + ".join(segment.kind for segment in manifest.prompt.segments) if manifest.prompt else ""
     step = Step(f"position {at}", "Tokenize", segments, type(reference.processor).__name__, difference)
     return DrillReport("placeholder_ids", step, None, len(values.input_ids), tuple(causes))
 

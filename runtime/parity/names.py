@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from .reference import Reference
 
 
-LANGUAGE_MODEL = "language_model"
-
-
 def find_probes(stage: str, graph: Any, manifest: Manifest, reference: Reference) -> list[Probe]:
     """Probes of the graph (an ONNX GraphProto) of a bundle's stage, their modules named as in `reference.model`."""
     if stage == "embed_tokens":
         return [output_probe(graph, reference.embedding_name())]
     if any(entry.key == NAME_SCOPES for node in graph.node for entry in node.metadata_props):
         return scope_probes(graph, module_names(reference.checkpoint, stage, reference.model))
-    return builder_probes(graph, manifest.kv_cache.num_layers, f"{LANGUAGE_MODEL}.")
+    if manifest.seq2seq is not None:  # its graph is traced without module names
+        return []
+    stored = reference.checkpoint.layout.stages["llm"].checkpoint_name
+    layers = 0 if manifest.kv_cache is None else manifest.kv_cache.num_layers
+    return builder_probes(graph, layers, lambda module: stored(f"{module}.weight").removesuffix(".weight"))
 
 
 def module_names(checkpoint: VisionLanguageModel, stage: str, model: Any) -> dict[str, str]:

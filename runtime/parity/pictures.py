@@ -27,6 +27,13 @@ def default_pictures() -> list[tuple[str, Image.Image]]:
     return [(f"{name}, {picture.width}x{picture.height} {picture.mode}", picture) for name, picture in pictures]
 
 
+def default_videos(frames: int) -> list[tuple[str, list[Image.Image]]]:
+    """(description, frames) of two videos, made of the default pictures."""
+    pictures = [picture for _, picture in default_pictures()]
+    videos = [[pictures[(start + step) % len(pictures)] for step in range(frames)] for start in (0, 2)]
+    return [(f"{frames} frames, the first {video[0].width}x{video[0].height}", video) for video in videos]
+
+
 def default_prompts() -> list[str]:
     """The empty prompt, which asks for a caption, and a question about the second picture."""
     return ["", held_out(2)[1].questions[0].prompt]

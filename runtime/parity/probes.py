@@ -8,7 +8,7 @@ but names its values by a fixed scheme: `BUILDER_VALUES` is that scheme.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,11 +86,11 @@ BUILDER_VALUES: tuple[tuple[str, tuple[str, ...], Side], ...] = (
 _BUILDER_MATMULS = ("Add", "MatMul")
 
 
-def builder_probes(graph: Any, num_layers: int, prefix: str = "") -> list[Probe]:
+def builder_probes(graph: Any, num_layers: int, rename: Callable[[str], str] = str) -> list[Probe]:
     """Probes of a decoder that onnxruntime-genai built, by the names of its values.
 
-    `graph`: an ONNX GraphProto; `prefix`: where the language model stands in PyTorch's. Values that a variant
-    of the builder names differently are simply not probed.
+    `graph`: an ONNX GraphProto; `rename`: a module of the causal language model to its name in PyTorch's model.
+    Values that a variant of the builder names differently are simply not probed.
     """
     producers = {output: index for index, node in enumerate(graph.node) for output in node.output if output}
     named: dict[str, tuple[tuple[str, ...], Side]] = {}
@@ -104,7 +104,7 @@ def builder_probes(graph: Any, num_layers: int, prefix: str = "") -> list[Probe]
     named[f"/model/layers.{num_layers}/final_norm_layernorm/output_0"] = (("model.norm",), "output")
     named["logits"] = (("lm_head",), "output")
     probes = [
-        _probe(graph, producers[value], value, tuple(prefix + module for module in modules), side)
+        _probe(graph, producers[value], value, tuple(rename(module) for module in modules), side)
         for value, (modules, side) in named.items()
         if value in producers
     ]

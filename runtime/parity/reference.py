@@ -6,7 +6,7 @@ its mistakes. Pictures come in as Pillow images that were decoded once, for both
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +16,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError, UnsupportedError
+from .alter import fit_placeholders, placeholder_counts, use_custom_connector, use_reduction
+from .patches import group_patches
+from .taps import TAPS, Taps, tapped
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ...models.checkpoint import VisionLanguageModel
+    from ...models.reduction_contract import Reduction
 
 _IMAGE_STEPS = ("resize", "rescale", "normalize")
-ARCHITECTURE = "Blip2ForConditionalGeneration"
 
 
 @dataclass(frozen=True)
 class ReferenceValues:
-    """What PyTorch computes for one picture with one prompt, batch axis dropped.
+    """What PyTorch computes for one picture with one prompt.
 
-    `pixel_values` `[3, H, W]`, `input_ids` (placeholders included), `image_positions` (indices into
-    `input_ids`), `image_embeds` `[N, Dv]`, `image_features` `[Q, D]`, `inputs_embeds` `[S, D]` (merged),
-    `logits` `[V]` of the last prompt position, `token_ids` (greedy, without the prompt).
+    `pixel_values` `[tiles, 3, H, W]`, `input_ids` (placeholders included), `image_positions` (indices into
+    `input_ids`), `image_embeds` `[tiles, N, Dv]`, `image_features` `[tiles, Q, D]`, `inputs_embeds` `[S, D]`
+    (merged), `logits` `[V]` of the last prompt position, `token_ids` (greedy, without the prompt).
     """
 
     pixel_values: NDArray[np.float32]
@@ -52,49 +55,98 @@ class Reference:
         self.checkpoint = checkpoint
         self.model = model
         self.processor = processor
+        self._counts: Callable[[int], int] | None = None
 
     @classmethod
-    def load(cls, checkpoint: str | Path) -> Reference:
+    def load(cls, checkpoint: str | Path, reduction: Reduction | None = None) -> Reference:
         """Load model and processor (its Pillow backend) from a checkpoint directory, never from the network.
+
+        `reduction`: what the bundle was exported with.
 
         Raises CheckpointError for a directory that is no usable checkpoint, UnsupportedError for one that
         does not generate text.
         """
+        from ...export.foreign import load_reference
         from ...models import load_checkpoint
 
         # Reads headers only, and refuses with a sentence what transformers refuses with a traceback.
         found = load_checkpoint(checkpoint)
-        if found.architecture != ARCHITECTURE:
+        if found.kind not in TAPS:
             raise UnsupportedError(
-                f"{checkpoint} is a {found.architecture}; parity needs a {ARCHITECTURE}, which generates text"
+                f"{checkpoint} is a {found.architecture}; parity of a chain to text knows {', '.join(TAPS)}"
             )
         with _quiet_transformers():
-            return cls(found, *_load(Path(checkpoint)))
+            reference = cls(found, *(load_reference(found) or _load(Path(checkpoint), found.architecture)))
+        reference._alter(reduction)
+        return reference
 
-    def run(self, image: Image.Image, prompt: str, max_new_tokens: int) -> ReferenceValues:
-        """One picture with one prompt, batch 1, without padding."""
-        with self._capture() as seen:
+    def _alter(self, reduction: Reduction | None) -> None:
+        """Give the model the checkpoint's custom connector and the bundle's reduction: see `alter`."""
+        original = self.checkpoint
+        use_custom_connector(self.model, original, self.taps)
+        if reduction is not None:
+            from ...models.reduction import reduce_tokens
+
+            self.checkpoint = reduce_tokens(original, reduction)
+            use_reduction(self.model, self.processor, reduction, self.taps)
+        self._counts = placeholder_counts(original, self.checkpoint)
+
+    @property
+    def taps(self) -> Taps:
+        """Where the model's values are."""
+        return TAPS[self.checkpoint.kind]
+
+    def run(self, image: Image.Image | list[Image.Image], prompt: str, max_new_tokens: int) -> ReferenceValues:
+        """One picture (or video) with one prompt, batch 1, without padding."""
+        with tapped(self.model, self.taps) as seen:
             inputs, outputs = self.forward(image, prompt)
+        if "image_grid_thw" in inputs:
+            seen = group_patches(seen, inputs["image_grid_thw"], self.model.config.vision_config)
         ids = inputs["input_ids"][0].tolist()
-        image_token = self.model.config.image_token_id
+        image_token = self._image_token()
         return ReferenceValues(
-            pixel_values=array(inputs["pixel_values"][0]),
+            pixel_values=array(seen["pixel_values"]),
             input_ids=ids,
             image_positions=[i for i, token in enumerate(ids) if token == image_token],
-            image_embeds=array(outputs.vision_outputs.last_hidden_state[0]),
-            image_features=array(seen["image_features"][0]),
+            image_embeds=array(seen["image_embeds"]),
+            image_features=array(seen["image_features"]),
             inputs_embeds=array(seen["inputs_embeds"][0]),
             logits=array(outputs.logits[0, -1]),
             token_ids=self._generate(inputs, ids, max_new_tokens),
         )
 
-    def forward(self, image: Image.Image, prompt: str) -> tuple[Any, Any]:
-        """The processor's output for one picture and prompt, and the model's for that."""
+    def forward(self, image: Image.Image | list[Image.Image], prompt: str) -> tuple[Any, Any]:
+        """The processor's output for one picture (or video) and prompt, and the model's for that."""
         import torch
 
-        inputs = self.processor(images=image, text=prompt, return_tensors="pt")
+        if self.checkpoint.kind in ("blip-2", "instructblip", "instructblip-video"):
+            inputs = self.processor(images=image, text=prompt, return_tensors="pt")
+        elif self.checkpoint.kind == "flamingo":
+            inputs = self.processor(text=[[image, prompt]], return_tensors="pt")
+        else:
+            text, options = self._turn(prompt)
+            inputs = self.processor(images=[image], text=[text], return_tensors="pt", **options)
+        if self._counts is not None:
+            inputs = fit_placeholders(inputs, self._image_token(), self._counts)
         with torch.no_grad():
-            return inputs, self.model(**inputs)
+            return inputs, self.model(**inputs, **self._start())
+
+    def _image_token(self) -> int:
+        """The token that stands for pictures (or videos) in a prompt."""
+        config = self.model.config
+        if self.checkpoint.kind == "flamingo":  # its config does not say
+            return int(self.processor.image_token_id)
+        return int(config.image_token_id if hasattr(config, "image_token_id") else config.video_token_id)
+
+    def _turn(self, prompt: str) -> tuple[str, dict[str, Any]]:
+        """One user turn with a picture as transformers renders it, and the tokenizer's options that go with it."""
+        if not getattr(self.processor, "chat_template", None):
+            return f"{self.processor.image_token}\n{prompt}", {}
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        turn = [{"role": "user", "content": content}]
+        text: str = self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        bos = self.processor.tokenizer.bos_token
+        return text, {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
 
     def preprocess(self, image: Image.Image, only: set[str]) -> NDArray[np.float32]:
         """`[3, H, W]` after those steps ("resize", "rescale", "normalize") alone that `only` names.
@@ -103,7 +155,8 @@ class Reference:
         """
         processor = self.processor.image_processor
         steps = {f"do_{step}": step in only and getattr(processor, f"do_{step}") for step in _IMAGE_STEPS}
-        return array(processor(image, return_tensors="pt", **steps)["pixel_values"][0])
+        made = processor(image, return_tensors="pt", **steps)
+        return array((made if self.checkpoint.kind == "flamingo" else made["pixel_values"])[0])
 
     def embed(self, token_ids: list[int]) -> NDArray[np.float32]:
         """Embeddings `[T, D]` of `token_ids`."""
@@ -123,39 +176,50 @@ class Reference:
         import torch
 
         with torch.no_grad():
-            return array(self.model.language_model(inputs_embeds=torch.from_numpy(inputs_embeds)[None]).logits[0, -1])
+            model = self.model.get_submodule(self.taps.text_model)
+            embeds = torch.from_numpy(inputs_embeds)[None]
+            return array(model(inputs_embeds=embeds, **self._start()).logits[0, -1])
+
+    @property
+    def start_token(self) -> int | None:
+        """What a decoder that reads the prompt through an encoder starts with; None where there is no encoder."""
+        from ...models.t5 import t5_seq2seq
+
+        text = self.checkpoint.text_config
+        return t5_seq2seq(text).decoder_start_token_id if text.is_encoder_decoder else None
+
+    def _start(self) -> dict[str, Any]:
+        """The decoder's own input where there is an encoder: its first token."""
+        import torch
+
+        return {} if self.start_token is None else {"decoder_input_ids": torch.tensor([[self.start_token]])}
 
     def use_weights_of(self, decoder: Path) -> None:
         """Give the language model the weights that the 4-bit graph `decoder` holds, for good."""
         from ...export.llm.dequantize import dequantize_into
 
-        dequantize_into(self.model.language_model, decoder)
+        dequantize_into(self._decoder(), decoder)
 
-    @contextmanager
-    def _capture(self) -> Iterator[dict[str, Any]]:
-        """Collects `image_features` and the merged `inputs_embeds` on their way through the model's own
-        `forward`.
-        """
-        seen: dict[str, Any] = {}
-        handles = [
-            self.model.language_projection.register_forward_hook(
-                lambda _module, _args, output: seen.update(image_features=output)
-            ),
-            self.model.language_model.register_forward_pre_hook(
-                lambda _module, _args, kwargs: seen.update(inputs_embeds=kwargs["inputs_embeds"]),
-                with_kwargs=True,
-            ),
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _decoder(self) -> Any:
+        """The language model with its head, its modules named as in transformers' causal language model."""
+        from torch import nn
+
+        if self.taps.text_model:
+            return self.model.get_submodule(self.taps.text_model)
+        decoder: Any = nn.Module()
+        decoder.model = self.model.get_submodule(self.taps.language)
+        decoder.lm_head = self.model.get_output_embeddings()
+        return decoder
 
     def _generate(self, inputs: Any, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        ids: list[int] = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)[
-            0
-        ].tolist()
+        text = self.checkpoint.text_config
+        # transformers 5.23 runs out of cache layers where a decoder is deeper than its encoder.
+        deeper = self.start_token is not None and text.num_decoder_layers > text.num_layers
+        options: dict[str, Any] = {"use_cache": False} if deeper else {}
+        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
+        ids: list[int] = self.model.generate(**inputs, **options, **greedy)[0].tolist()
+        if self.start_token is not None:
+            return ids[1:]
         return ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else ids
 
     def decode(self, token_ids: list[int]) -> str:
@@ -165,19 +229,26 @@ class Reference:
 
 
 def array(tensor: Any) -> NDArray[np.float32]:
-    """A torch tensor as a float32 array of its own."""
-    return np.array(tensor.detach().to("cpu").float().numpy())
+    """A torch tensor as a float32 array of its own, C-contiguous."""
+    return np.array(tensor.detach().to("cpu").float().numpy(), order="C")
 
 
-def _load(checkpoint: Path) -> tuple[Any, Any]:
+def _load(checkpoint: Path, architecture: str) -> tuple[Any, Any]:
     import torch
-    from transformers import Blip2ForConditionalGeneration, Blip2Processor
+    import transformers
 
+    from ...export.checkpoint_processor import load_processor
+    from ...export.processor_of_frames import takes_frames
+    from ...export.processor_without_video import takes_videos
+
+    make: Any = getattr(transformers, architecture)
+    make_processor: Any = transformers.AutoProcessor
     try:
-        model: Any = Blip2ForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-        processor: Any = Blip2Processor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+        model = make.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        if takes_videos(checkpoint) or takes_frames(checkpoint):
+            processor = load_processor(checkpoint)
+        else:
+            processor = make_processor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"transformers cannot load {checkpoint} ({' '.join(str(error).split())[:200]}); give the directory that "

@@ -143,6 +143,10 @@ class ParityReport:
     same_checkpoint: bool | None = None
     drill: DrillReport | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    # What the ids of the cases are.
+    ids: str = "greedy tokens"
+    # What PyTorch's side was given that transformers does not have, a sentence each.
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -176,13 +180,14 @@ class ParityReport:
             "drill": None if self.drill is None else self.drill.to_dict(),
             "cases": [case.to_dict() for case in self.cases],
             "versions": dict(self.versions),
+            "notes": list(self.notes),
         }
 
     def summary(self) -> str:
         """One sentence: the verdict, and where it first goes wrong."""
         if self.passed:
             tokens = "equal" if self.tokens_match else "differ, as those of a quantised LLM may"
-            return f"all {len(self.stages)} stages are within their gates of PyTorch, greedy tokens {tokens}"
+            return f"all {len(self.stages)} stages are within their gates of PyTorch, {self.ids} {tokens}"
         stage = self.stage(self.first_divergence or "")
         sentence = f"parity failed: {stage.name} is the first stage to diverge ({stage.reason})"
         if self.drill is not None and self.drill.departure is not None:

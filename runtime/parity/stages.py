@@ -6,20 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BridgeportError
+from ..decoder import StepInputs
 from ..pipeline import Pipeline, Prepared
-from ..processor import EncodedPrompt, load_image, preprocess_image, tokenize_prompt
+from ..processor import EncodedPrompt, PictureTensors, tokenize_prompt
 from .metrics import Difference, compare, compare_ids, unreached
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .reference import ReferenceValues
 
 Rows = list[NDArray[Any]]
@@ -29,11 +28,11 @@ Differences = dict[str, list[Difference]]
 
 @dataclass(frozen=True)
 class Case:
-    """One picture, upright but in its own mode, with one prompt; `picture` describes it."""
+    """One picture, upright but in its own mode, or the frames of a video, with one prompt; `picture` describes it."""
 
     label: str
     picture: str
-    image: Image.Image
+    image: Any  # Image.Image, or a list of them
     prompt: str
 
 
@@ -43,39 +42,52 @@ class BundleStages:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._engines = pipeline.engines
+        # Of the prompts that were merged last: positions follow from prompts, and embeddings do not tell them.
+        self._more: StepInputs | None = None
 
-    def pixels(self, images: Sequence[Image.Image]) -> Rows:
-        """`pixel_values` `[3, H, W]` of each picture."""
-        return [preprocess_image(load_image(image), self._pipeline.manifest.image) for image in images]
+    def prepare(self, cases: Sequence[Case]) -> list[PictureTensors]:
+        """Each picture as the encoder takes it, with what the connector reads of its prompt."""
+        return [self._pipeline.instruct(self._pipeline.prepare_picture(case.image), case.prompt) for case in cases]
 
-    def prompts(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
-        """Token ids and image positions of each prompt."""
-        tokenizer, contract = self._pipeline.tokenizer, self._pipeline.manifest.prompt
-        return [tokenize_prompt(tokenizer, contract, prompt) for prompt in prompts]
+    def prompts(self, prompts: Sequence[str], pictures: Sequence[PictureTensors]) -> list[EncodedPrompt]:
+        """Token ids and image positions of each prompt with its picture."""
+        tokenizer, contract = self._pipeline.tokenizer, self._pipeline.prompt
+        return [
+            tokenize_prompt(tokenizer, contract, prompt, [picture.pieces])
+            for prompt, picture in zip(prompts, pictures, strict=True)
+        ]
 
-    def encode(self, pixel_values: Rows) -> Rows:
-        """`[3, H, W]` to `image_embeds` `[N, Dv]`, all rows in one batch."""
-        return list(self._engines["encoder"].run({"pixel_values": np.stack(pixel_values)})["image_embeds"])
+    def encode(self, pictures: Sequence[PictureTensors]) -> Rows:
+        """`image_embeds` `[tiles, N, Dv]` of each picture, all tiles in one batch."""
+        return self._pipeline.vision.encode(pictures)
 
-    def connect(self, image_embeds: Rows) -> Rows:
-        """`[N, Dv]` to `image_features` `[Q, D]`, all rows in one batch."""
-        return list(self._engines["connector"].run({"image_embeds": np.stack(image_embeds)})["image_features"])
+    def connect(self, pictures: Sequence[PictureTensors], image_embeds: Rows) -> Rows:
+        """`image_features` `[tiles, Q, D]` of each picture, all tiles in one batch."""
+        return self._pipeline.vision.connect(pictures, image_embeds)
 
-    def merge(self, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], features: Rows) -> Rows:
+    def merge(
+        self,
+        ids: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        pictures: Sequence[PictureTensors],
+        features: Rows,
+    ) -> Rows:
         """Token ids, image positions and image features to `inputs_embeds` `[S, D]` of each row."""
         rows = [tuple(np.asarray(row, np.int64) for row in column) for column in (ids, positions)]
-        prepared = Prepared(np.zeros((0, 3, 1, 1), np.float32), *rows)
-        inputs_embeds, lengths = self._pipeline.merge(prepared, np.stack(features))
+        prepared = Prepared(tuple((picture,) for picture in pictures), *rows)
+        arranged = [self._pipeline.vision.arrange(*one) for one in zip(pictures, features, strict=True)]
+        inputs_embeds, lengths = self._pipeline.merge(prepared, arranged)
+        self._more = self._pipeline.step_inputs(prepared, lengths, arranged)
         return [row[:length] for row, length in zip(inputs_embeds, lengths, strict=True)]
 
     def first_logits(self, inputs_embeds: Rows) -> Rows:
         """Logits `[V]` after each prompt `[S, D]`, the prompts in one right-padded batch."""
-        return list(self._pipeline.prefill_logits(*_pad(inputs_embeds)))
+        return list(self._pipeline.prefill_logits(*_pad(inputs_embeds), self._more))
 
     def forced_tokens(self, inputs_embeds: Rows, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """The token it would choose at each position of `token_ids`, given all of them before that position."""
         steps = max(len(row) for row in token_ids)
-        decoding = self._pipeline.decoder.start(*_pad(inputs_embeds), max_new_tokens=steps)
+        decoding = self._pipeline.decoder.start(*_pad(inputs_embeds), max_new_tokens=steps, more=self._more)
         chosen: list[list[int]] = [[] for _ in token_ids]
         try:
             for step in range(steps):
@@ -88,7 +100,7 @@ class BundleStages:
             decoding.close()
         return [row[: len(given)] for row, given in zip(chosen, token_ids, strict=True)]
 
-    def generate(self, images: Sequence[Image.Image], prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
         """Greedy token ids of the whole chain, exactly as a user runs it, in one batch."""
         rows = self._pipeline.generate(list(images), list(prompts), max_new_tokens=max_new_tokens, temperature=0.0)
         return [list(row.token_ids) for row in rows]
@@ -105,12 +117,17 @@ def _pad(rows: Rows) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 def run_isolated(stages: BundleStages, cases: Sequence[Case], references: Sequence[ReferenceValues]) -> Differences:
     """Every stage fed PyTorch's input. A stage that raises counts as infinitely wrong; the others still run."""
+    pictures = stages.prepare(cases)
+    given = [
+        replace(picture, tensors={**picture.tensors, "pixel_values": one.pixel_values}, rows=_rows(picture, one))
+        for picture, one in zip(pictures, references, strict=True)
+    ]
     runs: Mapping[str, Callable[[], list[Difference]]] = {
-        "pixels": lambda: _values(references, "pixel_values", stages.pixels([case.image for case in cases])),
-        "placeholder_ids": lambda: _prompts(references, stages.prompts([case.prompt for case in cases])),
-        "encoder": lambda: _values(references, "image_embeds", stages.encode([one.pixel_values for one in references])),
+        "pixels": lambda: _values(references, "pixel_values", _pixels(pictures)),
+        "placeholder_ids": lambda: _prompts(references, stages.prompts([case.prompt for case in cases], pictures)),
+        "encoder": lambda: _values(references, "image_embeds", stages.encode(given)),
         "connector": lambda: _values(
-            references, "image_features", stages.connect([one.image_embeds for one in references])
+            references, "image_features", stages.connect(given, [one.image_embeds for one in references])
         ),
         "merged_embeddings": lambda: _values(
             references,
@@ -118,6 +135,7 @@ def run_isolated(stages: BundleStages, cases: Sequence[Case], references: Sequen
             stages.merge(
                 [one.input_ids for one in references],
                 [one.image_positions for one in references],
+                given,
                 [one.image_features for one in references],
             ),
         ),
@@ -150,16 +168,16 @@ def run_chained(
     tokens: list[list[int]] = [[] for _ in cases]
     images, prompts = [case.image for case in cases], [case.prompt for case in cases]
     try:
-        pixel_values = stages.pixels(images)
-        found["pixels"] = _values(references, "pixel_values", pixel_values)
-        encoded = stages.prompts(prompts)
+        pictures = stages.prepare(cases)
+        found["pixels"] = _values(references, "pixel_values", _pixels(pictures))
+        encoded = stages.prompts(prompts, pictures)
         found["placeholder_ids"] = _prompts(references, encoded)
-        image_embeds = stages.encode(pixel_values)
+        image_embeds = stages.encode(pictures)
         found["encoder"] = _values(references, "image_embeds", image_embeds)
-        features = stages.connect(image_embeds)
+        features = stages.connect(pictures, image_embeds)
         found["connector"] = _values(references, "image_features", features)
-        positions = [_positions(one) for one in encoded]
-        merged = stages.merge([one.input_ids for one in encoded], positions, features)
+        positions = [one.image_positions for one in encoded]
+        merged = stages.merge([one.input_ids for one in encoded], positions, pictures, features)
         found["merged_embeddings"] = _values(references, "inputs_embeds", merged)
         found["first_logits"] = _values(references, "logits", stages.first_logits(merged))
         tokens = stages.generate(images, prompts, max_new_tokens)
@@ -192,9 +210,19 @@ def _prompts(references: Sequence[ReferenceValues], prompts: Sequence[EncodedPro
     found = []
     for one, prompt in zip(references, prompts, strict=True):
         ids = compare_ids(one.input_ids, prompt.input_ids)
-        found.append(ids if ids.max_abs else compare_ids(one.image_positions, _positions(prompt)))
+        found.append(ids if ids.max_abs else compare_ids(one.image_positions, prompt.image_positions))
     return found
 
 
-def _positions(prompt: EncodedPrompt) -> list[int]:
-    return list(range(len(prompt.input_ids)))[prompt.image_positions]
+def _pixels(pictures: Sequence[PictureTensors]) -> Rows:
+    return [picture.tensors["pixel_values"] for picture in pictures]
+
+
+def _rows(picture: PictureTensors, reference: ReferenceValues) -> NDArray[np.int64]:
+    """Which features the placeholders get: as the bundle lays them out, unless it has another number of them than
+    PyTorch, which is a fault of the placeholders and not of the merge.
+    """
+    features = reference.image_features.size // reference.image_features.shape[-1]
+    if len(picture.rows) != len(reference.image_positions) == features:
+        return np.arange(features)
+    return picture.rows

@@ -26,6 +26,7 @@ def render(report: ParityReport) -> RenderableType:
     parts: list[RenderableType] = [_stages(report), *_failures(report), _cases(report)]
     if report.same_checkpoint is False:
         parts.append(Text("the bundle was made from other files than this checkpoint's", style="yellow"))
+    parts += [Text(note, style="yellow") for note in report.notes]
     if report.drill is not None:
         parts.append(_drill(report.drill))
     style = "bold green" if report.passed else "bold red"
@@ -104,7 +105,7 @@ def cosine(value: float) -> str:
 
 
 def _cases(report: ParityReport) -> Table:
-    table = Table(title="Greedy tokens of the whole chain", title_justify="left")
+    table = Table(title=f"{report.ids.capitalize()} of the whole chain", title_justify="left")
     for column in ("case", "prompt", "PyTorch", "bundle", ""):
         table.add_column(column, overflow="fold")
     for case in report.cases:

@@ -1,4 +1,4 @@
-"""Picture to `pixel_values`, in the order and number types of transformers' Pillow-backed processors."""
+"""One tile to `pixel_values`, in the order and number types of transformers' Pillow-backed processors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...errors import BundleError, InputError
-from ...manifest import ImageContract, ImageStep, Normalize, Rescale, Resize
+from ...image_contract import CenterCrop, ImageStep, Normalize, PadSquare, Rescale, Resize, ResizeShortest
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -84,43 +84,83 @@ def _undecodable(name: str, error: Exception) -> InputError:
     return InputError(f"{name} cannot be decoded ({reason}): the file is cut off or damaged; copy it again")
 
 
-def preprocess_image(image: Image.Image, contract: ImageContract) -> npt.NDArray[np.float32]:
-    """`pixel_values` `[3, H, W]` float32 of one RGB picture (see `load_image`).
+def preprocess_image(image: Image.Image, steps: Sequence[ImageStep]) -> npt.NDArray[np.float32]:
+    """`pixel_values` `[3, H, W]` float32 of one RGB tile (see `load_image`).
 
-    Raises BundleError when the contract resizes after it has rescaled or normalised, which no processor does.
+    Raises InputError for a picture so long that a step would make gigabytes of it, BundleError when `steps` resize,
+    crop or pad after they have rescaled or normalised, which no processor does.
     """
     if image.mode != "RGB":
         image = load_image(image)
     pixels: Array | None = None
-    for step in contract.steps:
-        if isinstance(step, Resize):
-            if pixels is not None:
-                raise BundleError("the image contract resizes after it rescales or normalises; export again")
-            image = image.resize((step.width, step.height), FILTERS[step.resample])
+    for step in steps:
+        if isinstance(step, Rescale | Normalize):
+            pixels = _scale(step, channels_first(image) if pixels is None else pixels)
+        elif pixels is None:
+            image = _reshape(step, image)
         else:
-            pixels = _apply(step, _channels_first(image) if pixels is None else pixels)
+            raise BundleError(f"the image contract has {step.op} after it rescales or normalises; export again")
     if pixels is None:
-        pixels = _channels_first(image)
+        pixels = channels_first(image)
     return np.ascontiguousarray(pixels, dtype=np.float32)
 
 
-def preprocess_images(images: Sequence[Image.Image], contract: ImageContract) -> npt.NDArray[np.float32]:
-    """`pixel_values` `[B, 3, H, W]` float32 of at least one RGB picture."""
-    return np.stack([preprocess_image(image, contract) for image in images])
+def preprocess_images(images: Sequence[Image.Image], steps: Sequence[ImageStep]) -> npt.NDArray[np.float32]:
+    """`pixel_values` `[B, 3, H, W]` float32 of at least one RGB tile."""
+    return np.stack([preprocess_image(image, steps) for image in images])
 
 
-def _channels_first(image: Image.Image) -> Array:
+def channels_first(image: Image.Image) -> Array:
     """`[3, H, W]` uint8."""
     return np.moveaxis(np.asarray(image), -1, 0)
 
 
-def _apply(step: ImageStep, pixels: Array) -> Array:
+def _reshape(step: Resize | ResizeShortest | CenterCrop | PadSquare, image: Image.Image) -> Image.Image:
+    """`step` on whole pixels, before any arithmetic."""
+    if isinstance(step, Resize):
+        return image.resize((step.width, step.height), FILTERS[step.resample])
+    if isinstance(step, ResizeShortest):
+        return _resize_shortest(step, image)
+    if isinstance(step, PadSquare):
+        return _pad_square(step, image)
+    # Pillow's crop is black outside the picture; the floor of a negative half is transformers' own rounding.
+    left, top = (image.width - step.width) // 2, (image.height - step.height) // 2
+    return image.crop((left, top, left + step.width, top + step.height))
+
+
+def _resize_shortest(step: ResizeShortest, image: Image.Image) -> Image.Image:
+    short, long = sorted(image.size)
+    longer = int(step.size * long / short)
+    _check_pixels(image, longer * step.size, f"its shorter edge becomes {step.size}")
+    size = (step.size, longer) if image.width <= image.height else (longer, step.size)
+    return image.resize(size, FILTERS[step.resample])
+
+
+def _pad_square(step: PadSquare, image: Image.Image) -> Image.Image:
+    longer = max(image.size)
+    if image.width == image.height:
+        return image
+    _check_pixels(image, longer * longer, "it is padded to a square")
+    square = Image.new("RGB", (longer, longer), step.color)
+    square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+    return square
+
+
+def _check_pixels(image: Image.Image, pixels: int, why: str) -> None:
+    """Raise InputError before memory is taken for a result above Pillow's own limit for a picture."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise InputError(
+            f"a picture of {image.width}x{image.height} becomes {pixels} pixels where {why}; Pillow's limit of {limit} "
+            "is accepted; crop the picture to a less extreme shape first"
+        )
+
+
+def _scale(step: Rescale | Normalize, pixels: Array) -> Array:
     if isinstance(step, Rescale):
         # In float64, then rounded once: transformers' `rescale`.
         return (pixels.astype(np.float64) * step.factor).astype(np.float32)
-    if isinstance(step, Normalize):
-        # In float32, constants included: transformers' `normalize`.
-        mean = np.array(step.mean, dtype=np.float32)[:, None, None]
-        std = np.array(step.std, dtype=np.float32)[:, None, None]
-        return (pixels.astype(np.float32) - mean) / std
-    raise BundleError(f"the image contract has the step {step.op!r}, which works on pictures only; export again")
+    # In float32, constants included: transformers' `normalize`.
+    mean = np.array(step.mean, dtype=np.float32)[:, None, None]
+    std = np.array(step.std, dtype=np.float32)[:, None, None]
+    return (pixels.astype(np.float32) - mean) / std

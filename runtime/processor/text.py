@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +12,17 @@ from tokenizers import Tokenizer
 from ...errors import BundleError, InputError
 from ...manifest import ImageSegment, PromptContract
 
+Pieces = Sequence[str | int]
+# Marks of a template, and of a prompt that says itself where its pictures stand.
+_MARKS = re.compile(r"\{(images|prompt)\}")
+IMAGE_MARK = "{image}"
+
 
 class EncodedPrompt(NamedTuple):
-    """`input_ids`: the whole prompt. `image_positions`: where in it the image embeddings go."""
+    """`input_ids`: the whole prompt. `image_positions`: where in it the features of its pictures go, in order."""
 
     input_ids: list[int]
-    image_positions: slice
+    image_positions: list[int]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -29,49 +35,119 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def tokenize_prompt(
-    tokenizer: Tokenizer, contract: PromptContract, prompt: str, *, context_length: int | None = None
+    tokenizer: Tokenizer,
+    contract: PromptContract,
+    prompt: str,
+    pictures: Sequence[Pieces] = (),
+    *,
+    interleave: bool = False,
+    context_length: int | None = None,
 ) -> EncodedPrompt:
-    """Lay `prompt` out as the contract's segments say.
+    """Lay `prompt` and its pictures out as the contract's segments say.
 
-    Placeholders come from the segments alone: text that reads like the placeholder stays text.
+    `pictures`: what stands for each, texts and counts of image tokens (`PictureTensors.pieces`). `interleave`: each
+    `{image}` in `prompt` is where the next picture stands; else they stand where the contract has them, and the mark
+    is ordinary text.
 
-    Raises InputError when the prompt is no string or no valid Unicode, or when the whole is longer than
-    `context_length` tokens; BundleError when the contract does not have exactly one place for an image.
+    Raises InputError when the prompt is no string or no valid Unicode, when it has another number of marks than there
+    are pictures, when there are more pictures than the contract allows, or when the whole is longer than
+    `context_length` tokens; BundleError when the contract has no place for a picture.
     """
     if not isinstance(prompt, str):
         raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
+    if contract.placeholder in prompt:
+        raise InputError(
+            f"the prompt holds the text that this bundle keeps for pictures (token {contract.image_token_id}); "
+            "remove it from the prompt"
+        )
+    _check_pictures(contract, prompt, len(pictures), interleave)
+    prompt = _strip(prompt, contract.strip, interleave)
+    images = [contract.image.replace(IMAGE_MARK, _spell(pieces, contract.placeholder)) for pieces in pictures]
+    segments = contract.segments if pictures else contract.text_only or contract.segments
+    wanted = sum(_count(pieces) for pieces in pictures)
     ids: list[int] = []
-    places: list[slice] = []
-    for segment in contract.segments:
+    positions: list[int] = []
+    for segment in segments:
+        start = len(ids)
         if isinstance(segment, ImageSegment):
-            places.append(slice(len(ids), len(ids) + contract.tokens_per_image))
-            ids += [contract.image_token_id] * contract.tokens_per_image
-        else:
-            # Not str.format: braces in a prompt are text.
-            text = segment.template.replace("{prompt}", prompt)
-            ids += _encode(tokenizer, text, segment.add_special_tokens, contract)
-    if len(places) != 1:
-        raise BundleError(f"the prompt contract has {len(places)} image segments; this version runs one")
+            ids += [contract.image_token_id] * wanted
+            positions += range(start, len(ids))
+            continue
+        text = _fill(segment.template, prompt, images, contract.between, interleave)
+        if contract.boundary is not None:
+            text = join_boundaries(text, contract.boundary, contract.boundary_gap)
+        ids += encode_text(tokenizer, text, segment.add_special_tokens)
+        if contract.placeholder in text:
+            positions += [place for place in range(start, len(ids)) if ids[place] == contract.image_token_id]
+    if len(positions) != wanted:
+        raise BundleError(
+            f"the prompt has {len(positions)} image tokens where its pictures give {wanted} features; the prompt "
+            "contract does not fit the tokenizer, export the bundle again"
+        )
     if context_length is not None and len(ids) > context_length:
         raise InputError(
-            f"the prompt takes {len(ids)} tokens (with {contract.tokens_per_image} for the picture), and the "
-            f"model's context is {context_length}; shorten the prompt"
+            f"the prompt takes {len(ids)} tokens (with {wanted} for pictures), and the model's context is "
+            f"{context_length}; shorten the prompt"
         )
-    return EncodedPrompt(ids, places[0])
+    return EncodedPrompt(ids, positions)
 
 
-def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, contract: PromptContract) -> list[int]:
+def _check_pictures(contract: PromptContract, prompt: str, count: int, interleave: bool) -> None:
+    if count > contract.images_per_prompt:
+        raise InputError(f"{count} pictures came for one prompt; this model takes at most {contract.images_per_prompt}")
+    if not count and contract.text_only is None:
+        raise InputError("no picture came, and this model takes no prompt without one; give a picture")
+    if not interleave:
+        return
+    if any(isinstance(segment, ImageSegment) for segment in contract.segments):
+        raise InputError("this model takes its picture before the prompt; leave interleave (--interleave) out")
+    if (marks := prompt.count(IMAGE_MARK)) != count:
+        raise InputError(
+            f"the prompt has {marks} {IMAGE_MARK} marks and {count} pictures came; give one mark for each picture"
+        )
+
+
+def _strip(prompt: str, characters: str, interleave: bool) -> str:
+    """`characters` off both ends of every text that stands between pictures."""
+    if not characters:
+        return prompt
+    texts = prompt.split(IMAGE_MARK) if interleave else [prompt]
+    return IMAGE_MARK.join(text.strip(characters) for text in texts)
+
+
+def _spell(pieces: Pieces, placeholder: str) -> str:
+    return "".join(piece if isinstance(piece, str) else placeholder * piece for piece in pieces)
+
+
+def _count(pieces: Pieces) -> int:
+    return sum(piece for piece in pieces if isinstance(piece, int))
+
+
+def _fill(template: str, prompt: str, images: Sequence[str], between: str, interleave: bool) -> str:
+    """In one pass and not by str.format: what the prompt holds, braces too, is text."""
+    if interleave:
+        parts = prompt.split(IMAGE_MARK)
+        prompt = parts[0] + "".join(image + part for image, part in zip(images, parts[1:], strict=True))
+        images = ()
+    values = {"images": between.join(images), "prompt": prompt}
+    return _MARKS.sub(lambda mark: values[mark[1]], template)
+
+
+def join_boundaries(text: str, boundary: str, gap: str = " ") -> str:
+    """The prompt's text with the pictures' pieces in it, boundaries joined as `Idefics2Processor` does.
+
+    Two boundaries in a row become one; one that a letter follows gets a `gap`. The text that stands for an image token
+    must begin with `<`, as `<image>` does, else it too would get that space.
+    """
+    return re.sub(rf"{re.escape(boundary)}(?=[^\s<])", f"{boundary}{gap}", text.replace(boundary * 2, boundary))
+
+
+def encode_text(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids. Raises InputError for what is no valid Unicode."""
     try:
-        ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
     except (UnicodeEncodeError, TypeError) as error:
         raise InputError(f"the prompt is not valid Unicode ({error}); remove lone surrogates") from error
-    if contract.image_token_id in ids:
-        # The export gave the placeholder a text that nobody types by chance; here somebody copied it.
-        raise InputError(
-            f"the prompt holds the text of token {contract.image_token_id}, which this bundle keeps for "
-            "pictures; remove it from the prompt"
-        )
-    return ids
 
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:

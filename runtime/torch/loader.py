@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...bundle import Bundle
-from ...errors import CheckpointError, DependencyError, InputError
+from ...errors import CheckpointError, DependencyError, InputError, UnsupportedError
 from ..backends import EngineOptions
 from ..engine import Engine
 from .runner import TorchEngine, TorchLanguageModel
@@ -20,6 +20,10 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
         raise InputError("the PyTorch engine runs a checkpoint, not the bundle's graphs; pass checkpoint=DIR")
     if options.device != "cpu":
         raise InputError(f"device {options.device!r}: the PyTorch engine is the reference and runs on cpu only")
+    if bundle.manifest.flamingo is not None:
+        raise UnsupportedError(
+            f"{bundle.path}: the PyTorch engine has no cross-attention over pictures; run it with onnxruntime"
+        )
     try:
         import torch
     except ImportError as error:
@@ -31,6 +35,10 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model = load_checkpoint(options.checkpoint)
+    if bundle.manifest.reduction is not None:
+        from ...models.reduction import reduce_tokens
+
+        model = reduce_tokens(model, bundle.manifest.reduction)
     engines: dict[str, Engine] = {}
     for stage in bundle.manifest.stages:
         contract = stage.contract
@@ -40,8 +48,9 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
                 "differ); name the checkpoint that the bundle was exported from"
             )
         module = model.load_stage(contract.name)
-        if contract.name == "llm":
-            engines["llm"] = TorchLanguageModel(contract, module, bundle.manifest.kv_cache)
+        cache = bundle.manifest.kv_cache
+        if contract.name == "llm" and cache is not None:
+            engines["llm"] = TorchLanguageModel(contract, module, cache)
         else:
             engines[contract.name] = TorchEngine(contract, module)
     return engines

@@ -41,8 +41,8 @@ class TorchLanguageModel(Engine):
     """A transformers causal language model, rows of different lengths in one batch.
 
     A call whose mask is as long as its input is a prefill: rows right-padded, the mask their lengths. In any
-    other call the input's last position of row `b` stands at `attention_mask[b].sum() - 1`. The cache buffers
-    are host memory; the model's own cache lives for one call.
+    other call the input's last position of row `b` stands at `attention_mask[b].sum() - 1`. Positions are those,
+    unless the contract has `position_ids`. The cache buffers are host memory; the model's own cache lives for one call.
     """
 
     def __init__(self, contract: StageContract, module: Any, kv_cache: KvCacheContract) -> None:
@@ -66,14 +66,15 @@ class TorchLanguageModel(Engine):
         def call() -> None:
             past = np.zeros(batch, np.int64) if mask.shape[1] == length else mask.sum(1) - length
             new = np.ones((batch, length), np.int64) if past.any() else mask[:, :length]
-            # The model sees [longest past | new]; the gap behind a shorter past is masked.
+            # The model sees [longest past | new]; the gap before a shorter past is masked. Before and not behind it, so
+            # that a sliding window counts back over tokens only.
             longest = int(past.max())
-            seen = np.concatenate([np.arange(longest) < past[:, None], new], axis=1).astype(np.int64)
+            seen = np.concatenate([np.arange(longest) >= longest - past[:, None], new], axis=1).astype(np.int64)
             output = module(
                 inputs_embeds=embeds,
                 attention_mask=torch.from_numpy(seen),
-                position_ids=torch.from_numpy(past[:, None] + np.arange(length)),
-                past_key_values=_own_cache(buffers, longest, module.config),
+                position_ids=torch.from_numpy(inputs.get("position_ids", past[:, None] + np.arange(length))),
+                past_key_values=_own_cache(buffers, past),
                 use_cache=True,
             )
             _write_back(buffers, output.past_key_values, past, length)
@@ -97,16 +98,24 @@ def _arrays(cache: KvCache) -> list[NDArray[Any]]:
     return host
 
 
-def _own_cache(buffers: list[Any], longest: int, config: Any) -> Any:
+def _own_cache(buffers: list[Any], past: NDArray[np.int64]) -> Any:
+    """The pasts of all rows with their ends side by side; what is left over in the buffers is not in it."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=config)
-    if longest:
+    # Without the model's config: layers with a sliding window would keep less than a window.
+    cache = DynamicCache()
+    if longest := int(past.max()):
         for layer in range(len(buffers) // 2):
-            key, value = (buffer[:, :, :longest] for buffer in buffers[2 * layer : 2 * layer + 2])
-            # What stands behind a row's past is left over and may be anything; masked is not enough for NaN.
-            cache.update(key.nan_to_num(), value.nan_to_num(), layer)
+            key, value = (_aligned(buffer, past, longest) for buffer in buffers[2 * layer : 2 * layer + 2])
+            cache.update(key, value, layer)
     return cache
+
+
+def _aligned(buffer: Any, past: NDArray[np.int64], longest: int) -> Any:
+    aligned = buffer.new_zeros((*buffer.shape[:2], longest, buffer.shape[3]))
+    for row, count in enumerate(past.tolist()):
+        aligned[row, :, longest - count :] = buffer[row, :, :count]
+    return aligned
 
 
 def _write_back(buffers: list[Any], cache: Any, past: NDArray[np.int64], length: int) -> None:

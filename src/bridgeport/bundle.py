@@ -120,6 +120,8 @@ def _verify_files(root: Path, manifest: Manifest) -> None:
 
 def _files_needed(manifest: Manifest) -> Iterator[str]:
     yield manifest.tokenizer
+    if manifest.prompt is not None and manifest.prompt.instruction is not None:
+        yield manifest.prompt.instruction.tokenizer
     for stage in manifest.stages:
         yield stage.file
         yield from stage.variants.values()

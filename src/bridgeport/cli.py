@@ -25,9 +25,11 @@ VERBS = {
     "demo": "bridgeport.runtime.cli.demo",
     "export": "bridgeport.export.cli.export",
     "run": "bridgeport.runtime.cli.run",
+    "score": "bridgeport.runtime.cli.score",
     "parity": "bridgeport.runtime.cli.parity",
     "bench": "bridgeport.runtime.cli.bench",
     "inspect": "bridgeport.runtime.cli.inspect",
+    "tokens": "bridgeport.export.cli.tokens",
     "doctor": "bridgeport.runtime.cli.doctor",
 }
 

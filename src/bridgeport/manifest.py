@@ -10,7 +10,48 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .image_contract import (
+    CenterCrop,
+    ImageContract,
+    ImageStep,
+    Normalize,
+    Rescale,
+    Resize,
+    ResizeShortest,
+    Tiling,
+    Whole,
+)
 from .models.contract import KvCacheContract, Record, StageContract
+from .models.flamingo_contract import FlamingoContract
+from .models.reduction_contract import Reduction
+from .models.seq2seq_contract import Seq2SeqContract
+from .score_contract import ScoreContract
+
+__all__ = [
+    "CONFIG_FILE",
+    "SCHEMA_VERSION",
+    "CenterCrop",
+    "CheckpointRecord",
+    "FileRecord",
+    "GenerationContract",
+    "ImageContract",
+    "ImageSegment",
+    "ImageStep",
+    "InstructionContract",
+    "Manifest",
+    "Normalize",
+    "PromptContract",
+    "PromptSegment",
+    "Reduction",
+    "Rescale",
+    "Resize",
+    "ResizeShortest",
+    "ScoreContract",
+    "StageRecord",
+    "TextSegment",
+    "Tiling",
+    "Whole",
+]
 
 SCHEMA_VERSION = 1
 # The checkpoint's config.json, kept in the bundle.
@@ -36,52 +77,21 @@ class StageRecord(Record):
     toolchain: dict[str, str] = Field(default_factory=dict)
     # Graphs that share the stage's weights and give more outputs, by purpose ("attention").
     variants: dict[str, str] = Field(default_factory=dict)
-
-
-class Resize(Record):
-    """Resize to `height` x `width` pixels, the aspect ratio ignored, with Pillow's filter of that name."""
-
-    op: Literal["resize"] = "resize"
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-
-
-class Rescale(Record):
-    """Multiply the 0..255 values by `factor`."""
-
-    op: Literal["rescale"] = "rescale"
-    factor: float
-
-
-class Normalize(Record):
-    """Subtract `mean`, divide by `std`, per channel."""
-
-    op: Literal["normalize"] = "normalize"
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-ImageStep = Annotated[Resize | Rescale | Normalize, Field(discriminator="op")]
-
-
-class ImageContract(Record):
-    """Picture -> `pixel_values` `[3, height, width]` float32: RGB, then `steps` in order, channels first.
-
-    `do_convert_rgb` false means that the checkpoint takes RGB pictures as they are.
-    """
-
-    steps: tuple[ImageStep, ...]
+    # Learned vectors that the run time places itself, by name, as .npy files ("image_newline").
+    vectors: dict[str, str] = Field(default_factory=dict)
 
 
 class ImageSegment(Record):
-    """The image placeholder token, `tokens_per_image` times."""
+    """The pictures of the prompt, as token ids that no text stands for: BLIP-2 puts them before the prompt."""
 
     kind: Literal["image"] = "image"
 
 
 class TextSegment(Record):
-    """`template` with `{prompt}` filled in, tokenised; `add_special_tokens` runs the tokenizer's post-processor."""
+    """`template` with `{prompt}` and `{images}` filled in, tokenised as one string.
+
+    `add_special_tokens` runs the tokenizer's post-processor, which adds BOS and the like.
+    """
 
     kind: Literal["text"] = "text"
     template: str = "{prompt}"
@@ -91,24 +101,55 @@ class TextSegment(Record):
 PromptSegment = Annotated[ImageSegment | TextSegment, Field(discriminator="kind")]
 
 
-class PromptContract(Record):
-    """Prompt -> token ids, and where the image embeddings go.
+class InstructionContract(Record):
+    """The prompt as the connector itself reads it: BERT's tokens for the Q-Former of InstructBLIP.
 
-    Placeholder *positions* follow from `segments`; ids are never searched for, so a user who types the placeholder's
-    text gets text.
+    `tokenizer`: its own tokenizer.json, whose `truncation` is part of the contract; the run time pads rows of a batch
+    with zeros on the right. `max_length`: positions of the Q-Former; a longer prompt is refused. `vocab_size`: its
+    embeddings.
+    """
+
+    tokenizer: str
+    max_length: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+
+
+class PromptContract(Record):
+    """Prompt and pictures -> token ids, and where the image features go.
+
+    `segments`: a prompt with pictures; `text_only`: one without, None where the model takes no such prompt.
+    `image`: what stands in a text for one picture, around the `{image}` that its tiling expands to; `{images}` is that
+    for every picture, `between` in between. `boundary`: the text around pictures of which two in a row are one, and
+    which a letter does not follow without `boundary_gap` (Idefics2: a space; Idefics: nothing). `strip`: characters
+    that are taken off both ends of every text before, between and behind pictures.
+
+    `placeholder`: the spelling of token `image_token_id` in the bundle's tokenizer. It is a secret: `image_token`, the
+    checkpoint's own spelling, is ordinary text in a bundle, so what a user types is never taken for a picture.
     """
 
     segments: tuple[PromptSegment, ...]
+    text_only: tuple[PromptSegment, ...] | None = None
+    image: str = "{image}"
+    between: str = ""
+    boundary: str | None = None
+    boundary_gap: str = " "
+    strip: str = ""
     image_token_id: int = Field(ge=0)
     image_token: str
-    tokens_per_image: int = Field(ge=1)
+    placeholder: str
     images_per_prompt: int = Field(default=1, ge=1)
+    # None where the connector reads pictures alone.
+    instruction: InstructionContract | None = None
 
 
 class GenerationContract(Record):
-    """The checkpoint's own stop tokens, padding and limits; greedy unless asked otherwise."""
+    """The checkpoint's own stop tokens, padding and limits; greedy unless asked otherwise.
+
+    `stop_sequences`: runs of ids that end an answer and are left out of its text.
+    """
 
     eos_token_ids: tuple[int, ...]
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
     pad_token_id: int | None
     bos_token_id: int | None
     context_length: int = Field(ge=1)
@@ -134,11 +175,22 @@ class Manifest(Record):
     target: Literal["cpu", "cuda", "tensorrt"]
     checkpoint: CheckpointRecord
     stages: tuple[StageRecord, ...]
-    kv_cache: KvCacheContract
     image: ImageContract
-    prompt: PromptContract
-    generation: GenerationContract
     tokenizer: str
+    # None in a bundle that scores pictures against texts and generates nothing.
+    kv_cache: KvCacheContract | None = None
+    # For a language model of encoder and decoder, which has the stage llm_encoder.
+    seq2seq: Seq2SeqContract | None = None
+    prompt: PromptContract | None = None
+    generation: GenerationContract | None = None
+    # None where features of pictures stand among the prompt's embeddings.
+    flamingo: FlamingoContract | None = None
+    # None in a bundle that generates.
+    score: ScoreContract | None = None
+    # Where the connector gives fewer tokens than the checkpoint's.
+    reduction: Reduction | None = None
+    # The name of a connector from outside this package, in the place of the architecture's own.
+    custom_connector: str | None = None
     files: tuple[FileRecord, ...] = ()
     # Results of checks, as they were printed when the bundle was made: {"export": {...}, "parity": {...}}.
     checks: dict[str, Any] = Field(default_factory=dict)

@@ -18,6 +18,7 @@ def test_inspect_shows_every_stage_axis_and_hash(small_bundle: Path, capsys: pyt
     for stage in manifest.stages:
         assert stage.contract.name in shown
         assert stage.precision in shown
+    assert manifest.prompt is not None
     assert manifest.prompt.image_token in shown
     assert str(manifest.prompt.image_token_id) in shown
     assert manifest.files[0].sha256[:8] in shown

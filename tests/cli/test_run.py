@@ -166,7 +166,9 @@ def test_bad_options(
 
 def test_a_picture_is_needed(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", bundle]) == 2
-    assert "--image" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "takes no prompt without one; give a picture" in said
+    assert said.count("\n") == 1
 
 
 def flip_a_byte(bundle: Path) -> None:

@@ -79,7 +79,7 @@ def language_model_pipeline(checkpoint: Path, directory: Path) -> Pipeline:
     if cache is None:
         raise ValueError(f"{checkpoint} has no language model")
     export_llm(model, model.contracts["llm"], directory / "decoder.onnx", precision="fp32")
-    prompt = freeze_prompt(checkpoint, model.config)
+    prompt = freeze_prompt(model)
     tokenizer = freeze_tokenizer(checkpoint, directory, prompt.image_token_id).name
     manifest = Manifest(
         bridgeport_version="0",
@@ -88,7 +88,7 @@ def language_model_pipeline(checkpoint: Path, directory: Path) -> Pipeline:
         checkpoint=CheckpointRecord(
             architecture=model.architecture,
             model_type="blip-2",
-            text_model_type=model.config.text_config.model_type,
+            text_model_type=model.text_config.model_type,
             sha256={},
         ),
         stages=tuple(
@@ -98,7 +98,7 @@ def language_model_pipeline(checkpoint: Path, directory: Path) -> Pipeline:
         kv_cache=cache,
         image=freeze_image_processor(checkpoint, model.config),
         prompt=prompt,
-        generation=freeze_generation(checkpoint, model.config),
+        generation=freeze_generation(model),
         tokenizer=tokenizer,
         files=tuple(FileRecord(path=name, size=0, sha256="0" * 64) for name in ("decoder.onnx", tokenizer)),
     )

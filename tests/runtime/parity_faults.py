@@ -134,9 +134,22 @@ def _change_step(change: Callable[[Any], Any]) -> Plant:
 
 def prompt(**update: Any) -> Plant:
     """Another prompt contract."""
-    return change_manifest(
-        lambda manifest: manifest.model_copy(update={"prompt": manifest.prompt.model_copy(update=update)})
-    )
+    return change_manifest(lambda manifest: manifest.model_copy(update={"prompt": changed(manifest.prompt, **update)}))
+
+
+def tiling(**update: Any) -> Plant:
+    """Another layout of the picture."""
+
+    def edit(manifest: Manifest) -> Manifest:
+        image = changed(manifest.image, tiling=changed(manifest.image.tiling, **update))
+        return manifest.model_copy(update={"image": image})
+
+    return change_manifest(edit)
+
+
+def changed(record: Any, **update: Any) -> Any:
+    """A copy of a record of the manifest with other values."""
+    return record.model_copy(update=update)
 
 
 TEXT_FIRST = (TextSegment(add_special_tokens=True), ImageSegment())

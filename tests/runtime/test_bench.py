@@ -13,6 +13,7 @@ from bridgeport.errors import EngineError, InputError
 from bridgeport.runtime.bench import Contestant, bench
 from bridgeport.runtime.bench.peers import Job
 from bridgeport.runtime.bench.report import BenchReport, PeerResult, Round
+from bridgeport.runtime.processor import PictureTensors
 
 FEATURES = np.ones((1, 2, 4), np.float32)
 
@@ -86,6 +87,7 @@ def test_unknown_peer_is_named(small_bundle: Path) -> None:
 def test_a_peer_that_cannot_start_says_why(tmp_path: Path) -> None:
     from bridgeport.runtime.bench import measure
 
-    job = Job(np.zeros((1, 3, 8, 8), np.float32), np.zeros((1, 4), np.int64), np.arange(2), 2)
+    picture = PictureTensors({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)}, (2,), np.arange(2))
+    job = Job(picture, np.zeros((1, 4), np.int64), np.arange(2), 2)
     with pytest.raises(EngineError, match=r"the peer 'Nobody' stopped: .*does not exist"):
         measure([Contestant("Nobody", "bridgeport", tmp_path / "none")], job, rounds=1, threads=1)

@@ -79,7 +79,7 @@ def test_past_and_present_are_one_buffer_bound_once(pipeline: Pipeline, monkeypa
     step(decoding, 10)
     past = [(name, address) for name, address in session.inputs if name.startswith("past_key_values.")]
     present = [(name, address) for name, address in session.outputs if name.startswith("present.")]
-    layers = pipeline.manifest.kv_cache.num_layers
+    layers = llm.kv_cache.num_layers
     assert session.runs == 11
     assert len(past) == len(present) == 2 * 2 * layers  # one binding for the prefill, one for all steps
     assert [address for _, address in past] == [address for _, address in present]

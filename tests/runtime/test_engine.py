@@ -169,7 +169,7 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(bundle: Bundle, monkeyp
         __version__ = "0"
 
         class SessionOptions:
-            pass
+            def add_session_config_entry(self, *_: str) -> None: ...
 
         @staticmethod
         def get_available_providers() -> list[str]:
@@ -189,3 +189,32 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(bundle: Bundle, monkeyp
 def test_threads_reach_the_session(bundle: Bundle) -> None:
     session = load_session(bundle.graph("encoder"), CPU, threads=3)
     assert session.get_session_options().intra_op_num_threads == 3
+
+
+@pytest.mark.parametrize(("stage", "stops"), [("encoder", True), ("connector", True), ("llm", False)])
+def test_only_the_decoders_threads_go_on_spinning(engines: dict[str, Engine], stage: str, stops: bool) -> None:
+    engine = engines[stage]
+    assert isinstance(engine, OnnxRuntimeEngine)
+    options, key = engine._session.get_session_options(), "session.force_spinning_stop"
+    if stops:
+        assert options.get_session_config_entry(key) == "1"
+    else:
+        with pytest.raises(RuntimeError, match="does not have configuration"):
+            options.get_session_config_entry(key)
+
+
+@pytest.mark.parametrize(("stage", "slow"), [("encoder", "BiasGelu"), ("connector", "SkipLayerNormalization")])
+def test_slow_fusions_are_off_on_the_cpu(bundle: Bundle, tmp_path: Path, stage: str, slow: str) -> None:
+    """What ONNX Runtime makes of the graph with its defaults has the operator, with ours it has not."""
+    import onnx
+    import onnxruntime
+
+    ours = onnxruntime_loader._session_options(onnxruntime, CPU, 1, repeated=False)
+    found = []
+    for number, options in enumerate((onnxruntime.SessionOptions(), ours)):
+        options.optimized_model_filepath = str(tmp_path / f"{number}.onnx")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(bundle.graph(stage), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        found.append(slow in {node.op_type for node in graph.node})
+    assert found == [True, False]

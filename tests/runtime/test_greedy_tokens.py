@@ -60,7 +60,7 @@ def test_chain_tokens_equal_transformers(
     """The whole chain exported."""
     from bridgeport.export import checkpoint as export
 
-    monkeypatch.setattr(export, "_lint", lambda *_: None)  # takes half the time, and has tests of its own
+    monkeypatch.setattr(export, "lint_stages", lambda *_: None)  # takes half the time, and has tests of its own
     checkpoint = write_blip2_checkpoint(tmp_path / "checkpoint", text=text, **options)
     export.export_checkpoint(checkpoint, tmp_path / "bundle")
     with Pipeline.load(tmp_path / "bundle", threads=1) as pipeline:

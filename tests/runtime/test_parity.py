@@ -26,11 +26,13 @@ from .parity_faults import (
     change_attribute,
     change_manifest,
     change_weight,
+    changed,
     mean,
     plant_into,
     prompt,
     resample,
     swap_rows,
+    tiling,
 )
 
 Bundles = Callable[[str, str], Path]
@@ -200,9 +202,7 @@ FAULTS: dict[str, Fault] = {
         "BlipImageProcessorPil, normalize",
         cause="mean is [0.48145466, 0.4578275, 0.4082]",
     ),
-    "placeholder-count": Fault(
-        prompt(tokens_per_image=3), "placeholder_ids", cause="3 image placeholders, PyTorch has 4"
-    ),
+    "placeholder-count": Fault(tiling(tokens=3), "placeholder_ids", cause="3 image placeholders, PyTorch has 4"),
     "placeholder-position": Fault(prompt(segments=TEXT_FIRST), "placeholder_ids", cause="in PyTorch at [0]"),
     "placeholder-id": Fault(prompt(image_token_id=7), "placeholder_ids", cause="position 0 holds 7"),
 }
@@ -337,7 +337,7 @@ def test_fault_in_decoding_alone_is_the_tokens_stage(
     early = whole.cases[0].reference_ids[1]
     plant = change_manifest(
         lambda manifest: manifest.model_copy(
-            update={"generation": manifest.generation.model_copy(update={"eos_token_ids": (early,)})}
+            update={"generation": changed(manifest.generation, eos_token_ids=(early,))}
         )
     )
     bundle = plant_into(bundles("llama", "fp32"), tmp_path / "bundle", Fault(plant, "tokens"))
@@ -376,10 +376,10 @@ def test_checkpoint_of_other_sizes_is_refused(bundles: Bundles, blip2_checkpoint
 def test_chain_that_stops_fails_every_stage_behind(
     bundles: Bundles, blip2_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Fewer placeholders than the connector gives features: the merge refuses, and the report still comes."""
-    bundle = plant_into(bundles("llama", "fp32"), tmp_path / "bundle", FAULTS["placeholder-count"])
-    report = check_parity(bundle, blip2_checkpoint("llama"))
-    for name in ("merged_embeddings", "first_logits", "tokens"):
+    """The prompt has twice as many placeholders as there are features: it is refused, and the report still comes."""
+    fault = Fault(prompt(segments=(*TEXT_FIRST, *TEXT_FIRST)), "placeholder_ids")
+    report = check_parity(plant_into(bundles("llama", "fp32"), tmp_path / "bundle", fault), blip2_checkpoint("llama"))
+    for name in ("encoder", "connector", "merged_embeddings", "first_logits", "tokens"):
         assert report.stage(name).isolated.passed
         assert not report.stage(name).chained.passed
         assert "the chain stopped" in report.stage(name).chained.worst.note
@@ -395,7 +395,7 @@ def test_prompt_contract_that_cannot_run_is_a_divergence(
     )
     assert report.first_divergence == "placeholder_ids"
     assert report.drill is not None
-    assert "2 image segments" in report.drill.note
+    assert "8 image tokens where its pictures give 4 features" in report.drill.note
 
 
 def test_own_pictures_and_prompts(bundles: Bundles, blip2_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -445,5 +445,5 @@ def test_bad_input(
 def test_bad_reference(bundles: Bundles, retrieval_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         check_parity(bundles("llama", "fp32"), tmp_path / "nothing")
-    with pytest.raises(UnsupportedError, match="parity needs a Blip2ForConditionalGeneration"):
+    with pytest.raises(UnsupportedError, match="is a Blip2ForImageTextRetrieval; parity of a chain to text"):
         check_parity(bundles("llama", "fp32"), retrieval_checkpoint)

@@ -41,6 +41,11 @@ def llama(blip2_bundle: GetPath) -> Iterator[Pipeline]:
         yield loaded
 
 
+def queries_of(pipeline: Pipeline) -> int:
+    """Features of one picture."""
+    return int(pipeline.engines["connector"].contract.outputs[0].shape[1])
+
+
 def test_greedy_tokens_equal_transformers(pipeline: Pipeline, reference: Transformers) -> None:
     check_greedy(pipeline, reference)
 
@@ -62,7 +67,7 @@ def test_repetition_penalty_equals_transformers(pipeline: Pipeline, reference: T
 
 def test_prefill_logits_equal_transformers(pipeline: Pipeline, reference: Transformers) -> None:
     prepared = pipeline.prepare(pictures(), PROMPTS)
-    logits = pipeline.prefill_logits(*pipeline.merge(prepared, pipeline.encode_pixels(prepared.pixel_values)))
+    logits = pipeline.prefill_logits(*pipeline.merge(prepared, pipeline.encode(pictures())))
     expected = np.stack([reference.logits(*row) for row in zip(pictures(), PROMPTS, strict=True)])
     # FP32 through 7 layers, summed in another order: 1e-6 relative of logits up to 10. Another picture moves them by 1.
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
@@ -167,18 +172,18 @@ def test_a_stream_is_left_early(llama: Pipeline) -> None:
 
 def test_literal_placeholder_text_stays_text(pipeline: Pipeline, reference: Transformers) -> None:
     """transformers takes the typed placeholder for one more image token; here it is nine letters like any other."""
-    image, queries = pictures(1)[0], pipeline.manifest.prompt.tokens_per_image
-    image_token = pipeline.manifest.prompt.image_token
+    image, queries = pictures(1)[0], queries_of(pipeline)
+    image_token = pipeline.prompt.image_token
     prompt = f"what does {image_token} mean?"
     prepared = pipeline.prepare(image, prompt)
-    assert np.count_nonzero(prepared.input_ids[0] == pipeline.manifest.prompt.image_token_id) == queries
+    assert np.count_nonzero(prepared.input_ids[0] == pipeline.prompt.image_token_id) == queries
     assert prepared.image_positions[0].tolist() == list(range(queries))
     inputs_embeds, _ = pipeline.merge(prepared, pipeline.encode(image))
     text = inputs_embeds[0, queries:]
     assert np.array_equal(text, pipeline.decoder.embed([prepared.input_ids[0][queries:]])[0][0])
     assert pipeline.generate(image, prompt, max_new_tokens=3).prompt_tokens == len(prepared.input_ids[0])
     theirs = reference.processor(images=image, text=prompt, return_tensors="pt")["input_ids"][0].tolist()
-    assert theirs.count(pipeline.manifest.prompt.image_token_id) == queries + 1, "the trap is gone: simplify the test"
+    assert theirs.count(pipeline.prompt.image_token_id) == queries + 1, "the trap is gone: simplify the test"
 
 
 def test_timings_and_counts(llama: Pipeline) -> None:
@@ -193,14 +198,14 @@ def test_timings_and_counts(llama: Pipeline) -> None:
 
 
 def test_the_default_limit_yields_to_the_context(llama: Pipeline) -> None:
-    context = llama.manifest.generation.context_length
+    context = llama.generation.context_length
     image, prompt = pictures(1)[0], "z" * (context - 10)
     count = len(llama.prepare(image, prompt).input_ids[0])
     result = llama.generate(image, prompt, ignore_eos=True)
     assert len(result.token_ids) == context - count
     rows = llama.generate([image] * 2, [prompt, "a"], ignore_eos=True)
     assert rows[0].token_ids == result.token_ids
-    assert len(rows[1].token_ids) == llama.manifest.generation.max_new_tokens
+    assert len(rows[1].token_ids) == llama.generation.max_new_tokens
 
 
 def test_what_does_not_fit_into_the_context(llama: Pipeline) -> None:
@@ -214,7 +219,7 @@ def test_what_does_not_fit_into_the_context(llama: Pipeline) -> None:
 
 
 def test_the_whole_context_can_be_used(pipeline: Pipeline, reference: Transformers) -> None:
-    image, context = pictures(1)[0], pipeline.manifest.generation.context_length
+    image, context = pictures(1)[0], pipeline.generation.context_length
     room = context - len(pipeline.prepare(image, "a photo of").input_ids[0])
     expected = reference.generate([image], ["a photo of"], max_new_tokens=room)[0]
     assert list(pipeline.generate(image, "a photo of", max_new_tokens=room).token_ids) == expected
@@ -230,8 +235,22 @@ def test_the_whole_context_can_be_used(pipeline: Pipeline, reference: Transforme
         (pictures(1)[0], ["a"] * 65, "65 rows came, the bundle takes at most 64"),
         ("/no/such.png", "a", "/no/such.png does not exist"),
         (pictures(1)[0], [7], "a prompt must be a string"),
+        ([pictures(2)], "a", "2 pictures came for one prompt; this model takes at most 1"),
+        ([pictures(1), pictures(1)[0]], "a", "pictures and lists of pictures came mixed"),
+        (None, "a", "no picture came, and this model takes no prompt without one"),
     ],
-    ids=["none", "number", "pairs", "too many", "too many prompts", "file", "prompt"],
+    ids=[
+        "none",
+        "number",
+        "pairs",
+        "too many",
+        "too many prompts",
+        "file",
+        "prompt",
+        "two in one prompt",
+        "mixed",
+        "text only",
+    ],
 )
 def test_bad_input(llama: Pipeline, images: Any, prompt: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -242,9 +261,9 @@ def test_bad_options(llama: Pipeline, blip2_bundle: GetPath) -> None:
     options: Any = {"max_tokens": 3}
     with pytest.raises(InputError, match="'max_tokens'; generation options are max_new_tokens, temperature"):
         llama.generate(pictures(1)[0], "a", **options)
-    several: Any = pictures(2)
-    with pytest.raises(InputError, match="stream takes one picture and one prompt"):
-        llama.stream(several, "a")
+    several: Any = ["a", "b"]
+    with pytest.raises(InputError, match="stream takes one prompt with its pictures"):
+        llama.stream(pictures(1)[0], several)
     bundle = blip2_bundle("llama-gqa-tied")
     with pytest.raises(InputError, match="engine 'tensorrt' is unknown; known are onnxruntime, torch"):
         Pipeline.load(bundle, engine="tensorrt")
@@ -280,7 +299,7 @@ def test_a_closed_pipeline_says_so(blip2_bundle: GetPath) -> None:
 def test_cross_attention(llama: Pipeline) -> None:
     """Per layer, head and query it sums to 1 over the image tokens; layers 0 and 2 of 3 have it."""
     maps = llama.cross_attention(pictures(2))
-    queries, tokens = llama.manifest.prompt.tokens_per_image, llama.engines["connector"].contract.inputs[0].shape[1]
+    queries, tokens = queries_of(llama), llama.engines["connector"].contract.inputs[0].shape[1]
     assert maps.shape == (2, 2, 2, queries, tokens)
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=0, atol=1e-5)
     assert np.array_equal(maps[1], llama.cross_attention(pictures(2)[1])[0])
@@ -290,6 +309,6 @@ def test_features_do_not_depend_on_the_batch(llama: Pipeline) -> None:
     images: list[Image.Image] = pictures()
     together = llama.encode(images)
     alone = np.concatenate([llama.encode(image) for image in images])
-    assert together.shape == (3, llama.manifest.prompt.tokens_per_image, 64)
+    assert together.shape == (3, queries_of(llama), 64)
     # The same sums, blocked otherwise by the matrix library: FP32 rounding of values around 3.
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)

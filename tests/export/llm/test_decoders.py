@@ -19,6 +19,7 @@ from bridgeport.export.llm import export_llm
 from bridgeport.export.llm.check import check_decoder, make_ragged_batches
 from bridgeport.export.llm.dequantize import dequantize, linear_names
 from bridgeport.export.llm.export import decoder_shapes
+from bridgeport.export.llm.genai import BLOCK_SIZE
 from bridgeport.export.passes.axes import dims
 from bridgeport.models import VisionLanguageModel, load_checkpoint
 
@@ -167,10 +168,10 @@ def test_int4_weights_are_within_a_step(export_case: Callable[[str], Exported], 
     linear = modules[linear_names(node)[0]]
     assert isinstance(linear, torch.nn.Linear)
     weight = linear.weight.numpy()
-    # 4 bits, symmetric, in blocks of 32: a step is at most the block's largest value / 7. The quantizer uses all 16
+    # 4 bits, symmetric, in blocks: a step is at most the block's largest value / 7. The quantizer uses all 16
     # codes, so the value opposite the largest may be cut by one step.
-    steps = np.abs(weight.reshape(-1, 32)).max(axis=1) / 7
-    error = np.abs(dequantize(node) - weight).reshape(-1, 32).max(axis=1)
+    steps = np.abs(weight.reshape(-1, BLOCK_SIZE)).max(axis=1) / 7
+    error = np.abs(dequantize(node) - weight).reshape(-1, BLOCK_SIZE).max(axis=1)
     assert np.all(error <= 1.01 * steps)
     assert np.median(error / steps) < 0.6
 

@@ -1,0 +1,230 @@
+"""Flamingo's two graphs against transformers' model: ragged batches with and without pictures, then several tokens.
+
+Every row is compared with its own run through PyTorch without padding and without cache. The decoder gets PyTorch's
+own keys and values of the pictures, so a fault shows in the graph that has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...models.contract import KvCacheContract
+from ...models.flamingo_contract import FlamingoContract
+from ...models.idefics import FlamingoCrossKv, FlamingoDecoder, reference_idefics
+from ..checks import BATCH_SIZES, FloatArray, Reference, compare
+from .check import STEPS, write_with_fp32_activations
+from .dequantize import dequantize_into
+
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+# More than in check.py: behind open gates, cross-attention adds layers that round. Measured on random models of the
+# tests: up to 14 % of the largest logit. What is wrong in a graph shows in its second run, with FP32 activations.
+INT8_ACTIVATIONS_OF_LARGEST = 0.25
+_LONGEST_PROMPT = 9
+_MOST_IMAGES = 3
+# Room in the cache behind the last token, which the graph must not read.
+_SPARE = 3
+
+
+@dataclass(frozen=True)
+class FlamingoRow:
+    """One row through PyTorch.
+
+    `image_features` `[images * latents, Dv]`; `cross` `[2 * layers][heads, images * latents, size]`; `embeds`
+    `[length + STEPS, D]`; `seen` `[length + STEPS, images]`, which pictures each token sees; `logits` `[1 + STEPS,
+    V]` after the first `length` tokens and after each step.
+    """
+
+    image_features: FloatArray
+    cross: tuple[FloatArray, ...]
+    embeds: FloatArray
+    seen: IntArray
+    length: int
+    logits: FloatArray
+
+
+Batches = Sequence[Sequence[FlamingoRow]]
+
+
+def make_flamingo_batches(
+    cross_kv: FlamingoCrossKv,
+    decoder: FlamingoDecoder,
+    contract: FlamingoContract,
+    *,
+    quantized: Path | None = None,
+) -> list[list[FlamingoRow]]:
+    """Batches of 1, 3 and 5 rows of random embeddings, with 1 to 3 pictures, through transformers' Idefics.
+
+    Any token may see any pictures, or none. ``quantized``: the graph of `decoder`, whose weights, dequantised, replace
+    the module's first.
+    """
+    if quantized is not None:
+        dequantize_into(decoder, quantized)
+    model = reference_idefics(decoder, cross_kv)
+    random = np.random.default_rng(0)
+    return [[_run_row(model, cross_kv, contract, random) for _ in range(size)] for size in BATCH_SIZES]
+
+
+def _run_row(
+    model: Any, cross_kv: FlamingoCrossKv, contract: FlamingoContract, random: np.random.Generator
+) -> FlamingoRow:
+    config = model.config
+    length, images = int(random.integers(1, _LONGEST_PROMPT + 1)), int(random.integers(1, _MOST_IMAGES + 1))
+    width = config.vision_config.embed_dim
+    embeds = random.standard_normal((length + STEPS, config.hidden_size)).astype(np.float32)
+    features = random.standard_normal((images, contract.latents, width)).astype(np.float32)
+    seen = random.integers(0, 2, (length + STEPS, images))
+    with torch.inference_mode():
+        result = model(
+            inputs_embeds=torch.from_numpy(embeds)[None],
+            perceiver_embeddings=torch.from_numpy(features)[None],
+            image_attention_mask=torch.from_numpy(seen)[None],
+            use_cache=False,
+        )
+        flat = torch.from_numpy(features).flatten(0, 1)
+        cross = tuple(states[0].numpy() for states in _their_key_values(model, flat[None]))
+    logits = result.logits[0, length - 1 :].float().numpy()
+    return FlamingoRow(flat.numpy(), cross, embeds, seen, length, logits)
+
+
+def _their_key_values(model: Any, features: torch.Tensor) -> list[torch.Tensor]:
+    """What transformers' cross-attention layers make of `features` `[1, K, Dv]`: `[1, heads, K, size]`."""
+    found = []
+    for layer in model.model.gated_cross_attn_layers:
+        attention = layer.cross_attn
+        shape = (1, features.shape[1], attention.num_heads, attention.head_dim)
+        key, value = (project(features).view(shape).transpose(1, 2) for project in (attention.k_proj, attention.v_proj))
+        found += [attention.k_layer_norm(key) if attention.qk_layer_norms else key, value]
+    return found
+
+
+def check_cross_kv(path: Path, batches: Batches, contract: FlamingoContract) -> dict[str, Any]:
+    """The keys and values of every cross-attention layer; raises ExportError where they differ from PyTorch's."""
+    session = _session(path, prepack=False)
+    return {
+        "batch_sizes": [len(batch) for batch in batches],
+        "max_abs": max(_compare_cross(session, batch, contract) for batch in batches),
+    }
+
+
+def check_flamingo_decoder(
+    path: Path, batches: Batches, cache: KvCacheContract, contract: FlamingoContract, *, precision: str
+) -> dict[str, Any]:
+    """Logits after prompts and after STEPS single tokens; raises ExportError where they differ from PyTorch's.
+
+    A quantised graph runs as it is, within what INT8 activations cost, and once more with FP32 activations.
+    """
+    found: dict[str, Any] = {"batch_sizes": [len(batch) for batch in batches], "decode_steps": STEPS}
+
+    def worst(graph: Path, limit: float | None) -> float:
+        session = _session(graph, prepack=precision == "int4")
+        return max(_compare_logits(session, batch, cache, contract, limit) for batch in batches)
+
+    if precision != "int4":
+        return {**found, "max_abs": worst(path, None)}
+    found["max_abs_int8_activations"] = worst(path, INT8_ACTIVATIONS_OF_LARGEST)
+    exact = path.with_name(f".{path.name}")
+    try:
+        write_with_fp32_activations(path, exact)
+        found["max_abs"] = worst(exact, None)
+    finally:
+        exact.unlink(missing_ok=True)
+    return found
+
+
+def _session(path: Path, *, prepack: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if not prepack:
+        # As in checks.check_equality: no packed second copy of every weight for a few runs.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _compare_cross(session: Any, batch: Sequence[FlamingoRow], contract: FlamingoContract) -> float:
+    names = list(contract.cross_cache.names())
+    results = session.run(names, {"image_features": _pad([row.image_features for row in batch])})
+    worst = 0.0
+    for i, (name, result) in enumerate(zip(names, results, strict=True)):
+        for states, row in zip(result, batch, strict=True):
+            expected = row.cross[i]
+            reference = Reference({"row": np.zeros(len(batch))}, expected)
+            worst = max(worst, compare(states[:, : expected.shape[1]], reference, stage="cross_kv", output=name))
+    return worst
+
+
+def _compare_logits(
+    session: Any,
+    batch: Sequence[FlamingoRow],
+    cache: KvCacheContract,
+    contract: FlamingoContract,
+    of_largest: float | None,
+) -> float:
+    worst = 0.0
+    for step, logits in enumerate(_run_decoder(session, batch, cache, contract)):
+        reference = Reference({"row": np.zeros(len(batch))}, np.stack([row.logits[step] for row in batch]))
+        label = "logits of the prompt" if step == 0 else f"logits of token {step}"
+        worst = max(worst, compare(logits, reference, stage="llm", output=label, of_largest=of_largest))
+    return worst
+
+
+def _run_decoder(
+    session: Any, batch: Sequence[FlamingoRow], cache: KvCacheContract, contract: FlamingoContract
+) -> list[FloatArray]:
+    import onnxruntime
+
+    longest = max(row.length for row in batch)
+    shape = (len(batch), cache.num_heads, longest + STEPS + _SPARE, cache.head_size)
+    # What is left over in a buffer may be anything but must not be read.
+    buffers = {
+        (layer, kind): onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, 1e3, np.float32))
+        for layer in range(cache.num_layers)
+        for kind in ("key", "value")
+    }
+    pictures = {
+        name: _pad([row.cross[i].transpose(1, 0, 2) for row in batch]).transpose(0, 2, 1, 3)
+        for i, name in enumerate(contract.cross_cache.names())
+    }
+    results = []
+    for step in range(1 + STEPS):
+        binding = session.io_binding()
+        for name, array in {**_step_inputs(batch, step, shape[2]), **pictures}.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for (layer, kind), buffer in buffers.items():
+            binding.bind_ortvalue_input(cache.past.format(layer=layer, kind=kind), buffer)
+            binding.bind_ortvalue_output(cache.present.format(layer=layer, kind=kind), buffer)
+        binding.bind_output("logits", "cpu")
+        session.run_with_iobinding(binding)
+        results.append(binding.get_outputs()[-1].numpy())
+    return results
+
+
+def _step_inputs(batch: Sequence[FlamingoRow], step: int, capacity: int) -> dict[str, Any]:
+    """Inputs of the prompts (`step` 0), right-padded, or of the `step`-th token after each."""
+    lengths = np.array([row.length for row in batch])
+    cut: Callable[[FlamingoRow], slice]
+    if step == 0:
+        cut, width, position = (lambda row: slice(row.length)), int(lengths.max()), lengths - 1
+    else:
+        cut = lambda row: slice(row.length + step - 1, row.length + step)  # noqa: E731
+        width, position = capacity, np.zeros_like(lengths)
+    return {
+        "inputs_embeds": _pad([row.embeds[cut(row)] for row in batch]),
+        "attention_mask": (np.arange(width)[None] < lengths[:, None] + step).astype(np.int64),
+        "logits_position": position,
+        "image_attention_mask": _pad([row.seen[cut(row)] for row in batch]),
+    }
+
+
+def _pad(rows: Sequence[Any]) -> Any:
+    """Arrays of one rank to one array, zeros at the end of every axis."""
+    shape = np.max([row.shape for row in rows], axis=0)
+    return np.stack(
+        [np.pad(row, [(0, most - size) for size, most in zip(row.shape, shape, strict=True)]) for row in rows]
+    )

@@ -1,0 +1,154 @@
+"""Bring transformers' model to what a bundle was exported with and transformers does not know: fewer tokens, or a
+connector from outside.
+
+A reduction is stated here once more, in numpy and plain loops: nothing is shared with `models.reduction`, whose graph
+it is held against. A custom connector exists once only; here it runs in PyTorch, between transformers' vision tower and
+transformers' language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import UnsupportedError
+from ...models.reduction_contract import Reduction
+
+if TYPE_CHECKING:
+    from ...models.checkpoint import VisionLanguageModel
+    from .taps import Taps
+
+Features = NDArray[np.float32]
+
+# What transformers' processors give for every token of a prompt.
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def describe(checkpoint: VisionLanguageModel) -> tuple[str, ...]:
+    """What was done to transformers' model, a sentence each; `checkpoint` as the bundle has it."""
+    notes = []
+    if checkpoint.layout.custom_connector is not None:
+        notes.append(
+            f"transformers has no connector {checkpoint.layout.custom_connector!r}: its module, filled by its own name "
+            "map, runs in PyTorch between transformers' vision tower and language model"
+        )
+    if checkpoint.layout.reduction is not None:
+        notes.append(
+            f"transformers knows no {checkpoint.layout.reduction}: parity's own statement of it is applied to "
+            "transformers' connector"
+        )
+    return tuple(notes)
+
+
+def use_custom_connector(model: Any, checkpoint: VisionLanguageModel, taps: Taps) -> None:
+    """Put the module that `checkpoint` names in the place of transformers' connector."""
+    if checkpoint.layout.custom_connector is None:
+        return
+    if checkpoint.kind == "blip-2":
+        model.qformer = _pass_on()
+    parent, _, name = taps.image_features.module.rpartition(".")
+    setattr(model.get_submodule(parent), name, checkpoint.connector)
+
+
+def use_reduction(model: Any, processor: Any, reduction: Reduction, taps: Taps) -> None:
+    """Apply `reduction` to transformers' connector, for good. UnsupportedError for queries in an unknown place."""
+    if reduction.method == "queries":
+        from torch import nn
+
+        if not hasattr(model, "query_tokens"):
+            raise UnsupportedError(
+                f"parity of {reduction} knows transformers' models with query_tokens, which a "
+                f"{type(model).__name__} has not; compare its stages apart"
+            )
+        model.query_tokens = nn.Parameter(model.query_tokens.detach()[:, : reduction.amount])
+        return
+    model.get_submodule(taps.image_features.module).register_forward_hook(
+        lambda _module, _inputs, features: _reduced(features, reduction)
+    )
+    if model.config.model_type == "llava_next":
+        # To what transformers puts together, each window is a patch now.
+        model.config.vision_config.patch_size *= reduction.amount
+        processor.patch_size *= reduction.amount
+
+
+def placeholder_counts(original: VisionLanguageModel, altered: VisionLanguageModel) -> Callable[[int], int] | None:
+    """How many image tokens in a row the altered model takes where the processor writes so many; None: as many.
+
+    `original`: before the reduction, with the custom connector if there is one.
+    """
+    if altered.layout.custom_connector is not None:
+        wanted = _tokens(altered)
+        return lambda _: wanted
+    if altered.layout.reduction is None or altered.config.model_type == "llava_next":
+        return None
+    before, after = _tokens(original), _tokens(altered)
+    return lambda count: count * after // before
+
+
+def fit_placeholders(inputs: Any, image_token: int, counts: Callable[[int], int]) -> Any:
+    """A processor's output for one prompt, every run of image tokens as long as `counts` makes it."""
+    import torch
+
+    kept: list[int] = []
+    start = 0
+    for token, run in groupby(inputs["input_ids"][0].tolist()):
+        length = len(list(run))
+        kept += [start] * counts(length) if token == image_token else range(start, start + length)
+        start += length
+    for name in _PER_TOKEN:
+        if name in inputs:
+            inputs[name] = inputs[name][:, torch.tensor(kept)]
+    return inputs
+
+
+def _tokens(model: VisionLanguageModel) -> int:
+    return int(model.contracts["connector"].outputs[0].shape[1])
+
+
+def _reduced(features: Any, reduction: Reduction) -> Any:
+    import torch
+
+    apply = {"pool": pool, "tome": merge}[reduction.method]
+    tiles = [apply(tile, reduction.amount) for tile in features.detach().numpy()]
+    return torch.from_numpy(np.stack(tiles))
+
+
+def pool(tokens: Features, stride: int) -> Features:
+    """`[side * side, D]` to the means of windows of `stride` x `stride`, row by row."""
+    side = round(len(tokens) ** 0.5)
+    grid = tokens.reshape(side, side, -1)
+    windows = [
+        grid[top : top + stride, left : left + stride].reshape(stride * stride, -1).mean(axis=0)
+        for top in range(0, side, stride)
+        for left in range(0, side, stride)
+    ]
+    return np.stack(windows)
+
+
+def merge(tokens: Features, count: int) -> Features:
+    """`[N, D]` to `[N - count, D]`: bipartite soft matching (arXiv 2210.09461), one token after the other."""
+    unit = [token / max(float(np.linalg.norm(token)), 1e-6) for token in tokens]
+    pairs = []
+    for even in range(0, len(tokens), 2):
+        scores = [float(unit[even] @ unit[odd]) for odd in range(1, len(tokens), 2)]
+        best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+        pairs.append((-scores[best], even, 2 * best + 1))
+    groups = {place: [place] for place in range(len(tokens))}
+    for _, even, odd in sorted(pairs)[:count]:
+        groups[odd] += groups.pop(even)
+    return np.stack([tokens[group].mean(axis=0) for group in groups.values()])
+
+
+def _pass_on() -> Any:
+    from torch import nn
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class PassOn(nn.Module):
+        def forward(self, encoder_hidden_states: Any, **_: Any) -> Any:
+            return BaseModelOutput(last_hidden_state=encoder_hidden_states)
+
+    return PassOn()

@@ -1,0 +1,92 @@
+"""Pictures to the features that stand for them in a prompt: encoder, connector, and the order of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import Bundle
+from .engine import Engine
+from .processor import PictureTensors
+
+Array = NDArray[Any]
+
+
+class VisionChain:
+    """The stages encoder and connector of a bundle, with the learned vectors that belong to their features.
+
+    Tiles of all pictures run in one batch, as far as the contracts' batch allows. An encoder whose leading axis is no
+    batch (the patches of Qwen2-VL) gets one picture at a time.
+    """
+
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
+        self.encoder, self.connector = engines["encoder"], engines["connector"]
+        record = bundle.manifest.stage("connector")
+        self._vectors = {name: _load_vector(bundle.file(path)) for name, path in record.vectors.items()}
+
+    def encode(self, pictures: Sequence[PictureTensors]) -> list[Array]:
+        """The encoder's output `[tiles, N, Dv]` of each picture; pictures that share their tensors share it."""
+        unique = {id(picture.tensors["pixel_values"]): picture for picture in pictures}
+        outputs = _run(self.encoder, [picture.tensors for picture in unique.values()])
+        found = dict(zip(unique, outputs, strict=True))
+        return [found[id(picture.tensors["pixel_values"])] for picture in pictures]
+
+    def connect(self, pictures: Sequence[PictureTensors], image_embeds: Sequence[Array]) -> list[Array]:
+        """The connector's output `[tiles, Q, D]` of each picture."""
+        inputs = [
+            {**picture.tensors, "image_embeds": embeds} for picture, embeds in zip(pictures, image_embeds, strict=True)
+        ]
+        return _run(self.connector, inputs)
+
+    def arrange(self, picture: PictureTensors, features: Array) -> Array:
+        """`[T, D]`: the picture's features `[tiles, Q, D]` in the order of its image tokens."""
+        table = features.reshape(-1, features.shape[-1])
+        if "image_newline" in self._vectors:
+            table = np.concatenate([table, self._vectors["image_newline"][None]])
+        rows: Array = table[picture.rows]
+        if picture.weights is None:
+            return rows
+        blended: Array = np.einsum("tkd,tk->td", rows, picture.weights)
+        return blended
+
+
+def _run(engine: Engine, pictures: Sequence[Mapping[str, Array]]) -> list[Array]:
+    """The engine's one output for each picture."""
+    if not pictures:
+        return []
+    names = [spec.name for spec in engine.contract.inputs]
+    output = engine.contract.outputs[0].name
+    if engine.contract.inputs[0].shape[0] != "batch":
+        return [engine.run({name: picture[name] for name in names})[output] for picture in pictures]
+    inputs = {name: _stack([picture[name] for picture in pictures]) for name in names}
+    counts = [len(picture[names[0]]) for picture in pictures]
+    most, total = engine.contract.axis("batch").max, sum(counts)
+    parts = [
+        engine.run({name: array[start : start + most] for name, array in inputs.items()})[output]
+        for start in range(0, total, most)
+    ]
+    whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return np.split(whole, np.cumsum(counts)[:-1])
+
+
+def _stack(arrays: Sequence[Array]) -> Array:
+    """Along the first axis; the other axes are padded with zeros at their end to the longest."""
+    if len(arrays) == 1:
+        return arrays[0]
+    shape = np.max([array.shape[1:] for array in arrays], axis=0) if arrays[0].ndim > 1 else ()
+    padded = [
+        np.pad(array, [(0, 0), *((0, int(most) - size) for size, most in zip(array.shape[1:], shape, strict=True))])
+        if array.shape[1:] != tuple(shape)
+        else array
+        for array in arrays
+    ]
+    return np.concatenate(padded)
+
+
+def _load_vector(file: Path) -> NDArray[np.float32]:
+    vector: NDArray[np.float32] = np.load(file, allow_pickle=False)
+    return vector
