@@ -36,6 +36,9 @@ bench-memory: $(STAMP)
 bench-connectors: $(STAMP)
 	$(BIN)/python -m benchmarks.connectors
 
+reduction-curve: $(STAMP)
+	$(BIN)/python -m benchmarks.reduction
+
 small-model: $(STAMP)
 	$(BIN)/python -m bridgeport.models.small --out build/small-model
 

@@ -46,10 +46,9 @@ def export_checkpoint(
     (see `models.reduction`). ``force``: replace a directory at `out`. ``progress`` is called with a line before each
     step. Nothing is left at or beside `out` unless everything succeeded.
 
-    Raises InputError for an option that does not say anything known or fit the model, UnsupportedError for a precision,
-    target, reduction or architecture that is not built yet, CheckpointError for a
-    checkpoint that cannot be read, ExportError for a graph that misses a check, OutputError when `out` cannot be
-    written.
+    Raises InputError for an option whose value is unknown or does not fit the model, UnsupportedError for a precision,
+    target, reduction or architecture that is not built yet, CheckpointError for a checkpoint that cannot be read,
+    ExportError for a graph that misses a check, OutputError when `out` cannot be written.
     """
     check_options(precision, target, calibration)
     reduction = None if reduce_tokens is None else parse_reduction(reduce_tokens)
@@ -82,13 +81,15 @@ def _write_bundle(
     say("freezing processor and tokenizer")
     frozen = freeze_foreign(model, staging / "tokenizer") or freeze_processor(model, staging / "tokenizer")
     image, prompt, generation = _fit_image(model, frozen.image), frozen.prompt, frozen.generation
+    if "not_built" in (videos := frozen.checks.get("video", {})):
+        say(f"the bundle takes pictures and no videos: {videos['not_built']}")
     _keep_config(model, staging)
     seq2seq = t5_seq2seq(model.text_config) if "llm_encoder" in model.contracts else None
     flamingo = freeze_flamingo(model) if "cross_kv" in model.contracts else None
     stages = [
         export_traced(model, name, staging, say, max_id=generation.vocab_size if name == "embed_tokens" else 2)
         for name in model.contracts
-        if name not in ("llm_encoder", "cross_kv", "llm")
+        if name not in ("llm_encoder", "cross_kv", "llm") and (name != "video_connector" or frozen.video is not None)
     ]
     if seq2seq is not None:
         stages += export_seq2seq(model, staging, precision, say)
@@ -110,6 +111,7 @@ def _write_bundle(
         seq2seq=seq2seq,
         flamingo=flamingo,
         image=image,
+        video=frozen.video,
         prompt=prompt,
         generation=generation,
         tokenizer=frozen.tokenizer.relative_to(staging).as_posix(),

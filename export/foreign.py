@@ -58,7 +58,7 @@ def freeze_foreign(model: VisionLanguageModel, directory: str | Path) -> FrozenP
     target = Path(directory) / "tokenizer.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    image = _image(model.config)
+    image = minigpt4_image(model.config)
     prompt = _prompt(parts, model.config, placeholder_text(reference.tokenizer))
     sequences = stop_sequences(reference.tokenizer, parts.stop)
     return FrozenProcessor(
@@ -79,7 +79,7 @@ def load_reference(model: VisionLanguageModel) -> tuple[Any, Any] | None:
     return transformers_model(model), processor
 
 
-def _image(config: Any) -> ImageContract:
+def minigpt4_image(config: Any) -> ImageContract:
     size = config.vision_config.image_size
     return ImageContract(
         steps=(

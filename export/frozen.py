@@ -18,3 +18,4 @@ class FrozenProcessor:
     generation: GenerationContract
     tokenizer: Path
     checks: dict[str, Any]
+    video: ImageContract | None = None

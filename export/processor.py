@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from ..image_contract import Padded
 from ..manifest import (
     GenerationContract,
@@ -23,6 +23,7 @@ from .processor_check import check_frozen_processor
 from .processor_of_frames import takes_frames
 from .prompts import freeze_blip2_prompt, freeze_chat_prompt
 from .tokenizer import freeze_tokenizer
+from .video import VIDEO_KINDS, FrozenVideo, check_frozen_video, freeze_video
 
 if TYPE_CHECKING:
     from ..models.checkpoint import VisionLanguageModel
@@ -52,12 +53,31 @@ def freeze_processor(model: VisionLanguageModel, directory: Path) -> FrozenProce
     prompt = freeze_prompt(model)
     if isinstance(image.tiling, Padded):
         prompt = prompt.model_copy(update={"boundary": image.tiling.boundary})
-    tokenizer = freeze_tokenizer(model.path, directory, prompt.image_token_id)
+    video, missing = _freeze_video(model, prompt)
+    if video is not None:
+        prompt = prompt.model_copy(update={"video": video.placeholder})
+    video_token = None if video is None else video.placeholder.token_id
+    tokenizer = freeze_tokenizer(model.path, directory, prompt.image_token_id, video_token)
     if model.kind in ("instructblip", "instructblip-video"):
         instruction = freeze_instruction(model.path, model.config, tokenizer)
         prompt = prompt.model_copy(update={"instruction": instruction})
     checks = check_frozen_processor(model.path, image, prompt, tokenizer)
-    return FrozenProcessor(image, prompt, freeze_generation(model), tokenizer, checks)
+    if video is not None:
+        checks["video"] = check_frozen_video(model.path, model.config, image, video.contract, prompt, tokenizer)
+    elif missing:
+        checks["video"] = {"not_built": missing}
+    contract = None if video is None else video.contract
+    return FrozenProcessor(image, prompt, freeze_generation(model), tokenizer, checks, contract)
+
+
+def _freeze_video(model: VisionLanguageModel, prompt: PromptContract) -> tuple[FrozenVideo | None, str]:
+    """What is frozen of videos; where that is nothing though the model takes some, why: it still takes pictures."""
+    if model.kind not in VIDEO_KINDS:
+        return None, ""
+    try:
+        return freeze_video(model, prompt), ""
+    except UnsupportedError as error:
+        return None, str(error)
 
 
 def freeze_image_processor(checkpoint: str | Path, config: Any) -> ImageContract:

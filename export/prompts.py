@@ -6,6 +6,7 @@ and with 0 to 3 pictures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .processor_of_frames import takes_frames
 from .tokenizer import placeholder_text
 
 # Nothing that a template would split, trim or change.
-_MARK = "Xq7promptq7X"
+MARK = "Xq7promptq7X"
 # What stands where a checkpoint has no chat template: pictures, a line each, then the prompt.
 PLAIN_TEMPLATE = "{images}{prompt}"
 PLAIN_IMAGE = "{image}\n"
@@ -84,9 +85,15 @@ def freeze_chat_prompt(checkpoint: str | Path, config: Any) -> PromptContract:
 
 def render_turn(processor: Any, prompt: str, images: int) -> str:
     """The text of one user turn with `images` pictures, ready for the answer, as transformers renders it."""
+    return render_content(processor, prompt, ["image"] * images)
+
+
+def render_content(processor: Any, prompt: str, kinds: Sequence[str]) -> str:
+    """As `render_turn`, with pictures ("image") and videos ("video") in that order in front of the prompt."""
     if not getattr(processor, "chat_template", None):
-        return PLAIN_IMAGE.replace("{image}", processor.image_token) * images + prompt
-    content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        tokens = (processor.image_token if kind == "image" else processor.video_token for kind in kinds)
+        return "".join(PLAIN_IMAGE.replace("{image}", token) for token in tokens) + prompt
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
@@ -96,7 +103,7 @@ def render_turn(processor: Any, prompt: str, images: int) -> str:
 def _take_apart(path: Path, processor: Any, image_token: str) -> tuple[str, str, str]:
     """Template without pictures, template with `{images}`, and the text of one picture with `{image}`."""
     try:
-        without, one, *more = (render_turn(processor, _MARK, count) for count in range(4))
+        without, one, *more = (render_turn(processor, MARK, count) for count in range(4))
     except Exception as error:
         # Jinja's errors, and whatever a template raises by itself.
         reason = " ".join(str(error).split())[:160]
@@ -110,15 +117,15 @@ def _take_apart(path: Path, processor: Any, image_token: str) -> tuple[str, str,
     regular = all(
         text == one[:start] + block * count + one[len(one) - end :] for count, text in enumerate(more, start=2)
     )
-    if block.count(image_token) != 1 or without.count(_MARK) != 1 or not regular:
+    if block.count(image_token) != 1 or without.count(MARK) != 1 or not regular:
         raise UnsupportedError(
             f"{path}: the chat template puts more than a fixed text around a picture (it renders {one!r} for one "
             f"picture and {more[0]!r} for two); accepted is one whose pictures stand one after the other"
         )
     template = one[:start] + "{images}" + one[len(one) - end :]
     return (
-        without.replace(_MARK, "{prompt}"),
-        template.replace(_MARK, "{prompt}"),
+        without.replace(MARK, "{prompt}"),
+        template.replace(MARK, "{prompt}"),
         block.replace(image_token, "{image}"),
     )
 

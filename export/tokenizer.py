@@ -14,16 +14,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def placeholder_text(tokenizer: Any) -> str:
-    """The image token's spelling in the bundle: one that nobody types by chance, the same for the same tokenizer."""
+def placeholder_text(tokenizer: Any, kind: str = "image") -> str:
+    """The image token's spelling in the bundle: one that nobody types by chance, the same for the same tokenizer.
+
+    `kind`: "video" for the video token's.
+    """
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    return f"<|image placeholder {digest}|>"
+    return f"<|{kind} placeholder {digest}|>"
 
 
-def freeze_tokenizer(checkpoint: str | Path, directory: str | Path, image_token_id: int) -> Path:
+def freeze_tokenizer(
+    checkpoint: str | Path, directory: str | Path, image_token_id: int, video_token_id: int | None = None
+) -> Path:
     """Write `tokenizer.json` into `directory` with the image token spelled `placeholder_text`; returns its path.
 
-    Every token keeps its id, and the image token's old spelling becomes ordinary text.
+    Every token keeps its id, and the image token's old spelling becomes ordinary text. `video_token_id`: a second
+    token, treated alike.
 
     Raises CheckpointError when the checkpoint has no tokenizer or that no image token, ExportError when the
     old spelling still becomes the image token.
@@ -32,14 +38,18 @@ def freeze_tokenizer(checkpoint: str | Path, directory: str | Path, image_token_
 
     path = Path(checkpoint)
     tokenizer = load_tokenizer(path)
-    image_token = image_token_text(path, tokenizer, image_token_id)
+    respelled = {image_token_id: placeholder_text(tokenizer)}
+    if video_token_id is not None:
+        respelled[video_token_id] = placeholder_text(tokenizer, "video")
+    old = {token_id: image_token_text(path, tokenizer, token_id) for token_id in respelled}
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     document["truncation"] = document["padding"] = None
-    placeholder = placeholder_text(tokenizer)
-    _respell(document, image_token_id, placeholder)
+    for token_id, placeholder in respelled.items():
+        _respell(document, token_id, placeholder)
     frozen = Tokenizer.from_str(json.dumps(document))
-    _check_ids(frozen, tokenizer.backend_tokenizer, image_token, image_token_id)
-    _check_placeholder(frozen, placeholder, image_token_id)
+    _check_ids(frozen, tokenizer.backend_tokenizer, old)
+    for token_id, placeholder in respelled.items():
+        _check_placeholder(frozen, placeholder, token_id)
     target = Path(directory) / "tokenizer.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -70,19 +80,21 @@ def _check_placeholder(frozen: Tokenizer, placeholder: str, image_token_id: int)
         )
 
 
-def _check_ids(frozen: Tokenizer, original: Tokenizer, image_token: str, image_token_id: int) -> None:
-    """No other id has moved, and no text with the placeholder in it becomes the placeholder."""
+def _check_ids(frozen: Tokenizer, original: Tokenizer, respelled: dict[int, str]) -> None:
+    """No other id has moved, and no text with an old spelling of `respelled` in it becomes such a token."""
     before = {i: token for token, i in original.get_vocab(with_added_tokens=True).items()}
     after = {i: token for token, i in frozen.get_vocab(with_added_tokens=True).items()}
     for token_id, token in before.items():
-        if token_id != image_token_id and after.get(token_id) != token:
+        if token_id not in respelled and after.get(token_id) != token:
+            names = " and ".join(map(repr, respelled.values()))
             raise ExportError(
                 f"tokenizer: freezing it moved token {token_id} from {token!r} to {after.get(token_id)!r}; "
-                f"give the image token {image_token!r} the last id"
+                f"give the image token {names} the last id"
             )
-    for text in (image_token, f"a{image_token}b", f" {image_token} ", image_token * 3):
-        if image_token_id in frozen.encode(text).ids:
-            raise ExportError(
-                f"tokenizer: the text {text!r} still becomes the image token {image_token_id}; "
-                "the tokenizer's model holds it as an ordinary piece"
-            )
+    for image_token_id, image_token in respelled.items():
+        for text in (image_token, f"a{image_token}b", f" {image_token} ", image_token * 3):
+            if image_token_id in frozen.encode(text).ids:
+                raise ExportError(
+                    f"tokenizer: the text {text!r} still becomes the image token {image_token_id}; "
+                    "the tokenizer's model holds it as an ordinary piece"
+                )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from .contract import StageContract
 from .language import (
     batch_axis,
@@ -20,7 +20,7 @@ from .language import (
     language_stages,
     tied_head,
 )
-from .projector import MlpProjector, transformers_names
+from .projector import LinearProjector, MlpProjector, transformers_names
 from .stages import Layout, Stage
 from .vision_tower import feature_layers, vision_tower
 
@@ -29,9 +29,12 @@ RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^(model\.)?mm_projector\.(weight|bias)$", r"model.multi_modal_projector.linear_1.\2"),
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
     (r"^image_newline$", "model.image_newline"),
 )
+# LLaVA 1.0 has one linear layer, which its project's checkpoints call `mm_projector`.
+PROJECTOR_TYPES = ("linear", "mlp2x_gelu")
 LANGUAGE_MODEL = {"model": "model.language_model.", "lm_head": "lm_head."}
 PROJECTOR = "model.multi_modal_projector."
 ROTARY_BUFFERS = frozenset({"model.language_model.rotary_emb.inv_freq"})
@@ -60,11 +63,23 @@ def conditional_generation(config: Any) -> Layout:
 
 
 def projector_stage(config: Any) -> Stage:
-    """The 2-layer MLP, or the one linear layer of LLaVA 1.0 where `projector_hidden_act` is null."""
-    names = {
-        ours: PROJECTOR + theirs for ours, theirs in transformers_names(bias=config.multimodal_projector_bias).items()
-    }
+    """The 2-layer MLP, or the one linear layer of LLaVA 1.0 where config.json has "mm_projector_type": "linear"."""
+    bias = config.multimodal_projector_bias
+    if projector_type(config) == "linear":
+        names = {f"linear.{part}": f"{PROJECTOR}linear_1.{part}" for part in ("weight", "bias")}
+    else:
+        names = {ours: PROJECTOR + theirs for ours, theirs in transformers_names(bias=bias).items()}
     return Stage(lambda: projector(config), names.__getitem__)
+
+
+def projector_type(config: Any) -> str:
+    """`mm_projector_type`, the LLaVA project's own key; UnsupportedError for one that is not built."""
+    kind: str = getattr(config, "mm_projector_type", None) or "mlp2x_gelu"
+    if kind not in PROJECTOR_TYPES:
+        raise UnsupportedError(
+            f"config.json: mm_projector_type is {kind!r}; supported are {', '.join(PROJECTOR_TYPES)}"
+        )
+    return kind
 
 
 def projector(config: Any) -> nn.Module:
@@ -75,6 +90,8 @@ def projector(config: Any) -> nn.Module:
         )
     width = config.vision_config.hidden_size * len(feature_layers(config))
     out = config.text_config.hidden_size
+    if projector_type(config) == "linear":
+        return LinearProjector(width, out, bias=config.multimodal_projector_bias)
     return MlpProjector(
         (width, out, out), activation=config.projector_hidden_act, bias=config.multimodal_projector_bias
     )

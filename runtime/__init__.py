@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .parity import ParityReport, check_parity
     from .pipeline import Pipeline
+    from .sources import Video
 
-_HOMES = {"ParityReport": "parity", "Pipeline": "pipeline", "check_parity": "parity"}
+_HOMES = {"ParityReport": "parity", "Pipeline": "pipeline", "Video": "sources", "check_parity": "parity"}
 
-__all__ = ["ParityReport", "Pipeline", "check_parity"]
+__all__ = ["ParityReport", "Pipeline", "Video", "check_parity"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,10 +22,11 @@ from .flamingo import read_images
 from .generation import Generation, Row, Stopwatch, token_limits
 from .merge import merge_image_features
 from .mrope import positions_of, takes_positions
-from .processor import PictureTensors, decode, load_picture, load_tokenizer, prepare_picture, tokenize_prompt
+from .processor import PictureTensors, decode, load_tokenizer, tokenize_prompt
 from .processor.instruction import InstructionTokenizer
 from .sampling import Sampler, SamplingOptions, SamplingParams
 from .seq2seq import Seq2SeqDecoder, seq2seq_token_limits
+from .sources import as_list, group_sources, is_one, order_group, prepare_groups, prepare_source
 from .stream import RunningBatch, TextStream
 from .vision import VisionChain
 
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Unpack
 
-    Picture = str | Path | Image.Image
+    from .sources import Video
+
+    # A video too, where the bundle takes videos.
+    Picture = str | Path | Image.Image | Video
     # One for each prompt: a picture, or all pictures of that prompt; None: no pictures at all.
     Pictures = Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None
 
@@ -99,7 +103,7 @@ class Pipeline:
         `prompt`: what a connector reads that takes instructions (InstructBLIP); to others it makes no difference.
         Raises InputError for pictures that give different numbers `T` of tokens: pass those one by one.
         """
-        pictures = [self.instruct(self.prepare_picture(source), prompt) for source in _as_list(images)]
+        pictures = [self.instruct(self.prepare_picture(source), prompt) for source in as_list(images)]
         features = self._features(pictures)
         if len({len(rows) for rows in features}) > 1:
             raise InputError(
@@ -143,10 +147,10 @@ class Pipeline:
     ) -> Generation | list[Generation]:
         """Answer `prompt` about a picture; an empty prompt captions it.
 
-        One picture (or None, for a model that takes text alone) and one prompt give one `Generation`. Lists run as one
-        batch and give a list: pictures and prompts pairwise, one prompt for all pictures, or one picture for all
-        prompts; every row is as if it ran alone. A list in the list holds all pictures of one prompt, which stand in
-        front of it, or with `interleave` where its `{image}` marks are. `options`: the fields of `SamplingParams`;
+        One picture or `Video` (or None, for a model that takes text alone) and one prompt give one `Generation`. Lists
+        run as one batch and give a list: pictures and prompts pairwise, one prompt for all pictures, or one picture for
+        all prompts; every row is as if it ran alone. A list in the list holds all pictures of one prompt, which stand
+        in front of it, or with `interleave` where its `{image}` marks are. `options`: the fields of `SamplingParams`;
         greedy by default.
 
         Raises InputError for a picture, prompt or option that cannot be used, EngineError when a stage fails.
@@ -158,7 +162,7 @@ class Pipeline:
         finally:
             batch.close()
         results = [batch.result(row, decode(self.tokenizer, row.text_ids)) for row in batch.rows]
-        return results[0] if _is_one(images) and isinstance(prompt, str) else results
+        return results[0] if is_one(images) and isinstance(prompt, str) else results
 
     def stream(
         self,
@@ -171,7 +175,7 @@ class Pipeline:
         """As `generate` for one prompt with its pictures, piece by piece; `generation` is there after the last one."""
         if not isinstance(prompt, str):
             raise InputError("stream takes one prompt with its pictures; use generate for several")
-        together = [[]] if images is None else [_as_list(images)]
+        together = [[]] if images is None else [as_list(images)]
         return TextStream(self._start(together, prompt, _params(options), interleave=interleave), self.tokenizer)
 
     def prepare(self, images: Pictures, prompts: str | Sequence[str], *, interleave: bool = False) -> Prepared:
@@ -180,7 +184,9 @@ class Pipeline:
         Raises InputError for what is no picture or prompt, and for lists that do not pair up.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        groups = self._group(images)
+        groups = [
+            order_group(group, self.prompt, interleave=interleave) for group in group_sources(images, self.manifest)
+        ]
         texts = texts * len(groups) if len(texts) == 1 else texts
         groups = groups * len(texts) if len(groups) == 1 else groups
         if len(groups) != len(texts):
@@ -188,16 +194,15 @@ class Pipeline:
                 f"{len(groups)} pictures and {len(texts)} prompts came; accepted are as many of each, or one of either"
             )
         self._check_batch(len(texts))
-        made: dict[tuple[int, int], PictureTensors] = {}
-        for group in groups:
-            for source in group:
-                key = (id(source), len(group))
-                if key not in made:
-                    made[key] = self.prepare_picture(source, len(group))
-        pictures = tuple(tuple(made[id(source), len(group)] for source in group) for group in groups)
+        pictures = prepare_groups(groups, self.prepare_picture)
         encoded = [
             tokenize_prompt(
-                self.tokenizer, self.prompt, text, [picture.pieces for picture in row], interleave=interleave
+                self.tokenizer,
+                self.prompt,
+                text,
+                [picture.pieces for picture in row],
+                videos=[place for place, picture in enumerate(row) if picture.video],
+                interleave=interleave,
             )
             for text, row in zip(texts, pictures, strict=True)
         ]
@@ -258,7 +263,7 @@ class Pipeline:
         """
         from .attention_map import load_attention_engine
 
-        pictures = [self.instruct(self.prepare_picture(source), prompt) for source in _as_list(images)]
+        pictures = [self.instruct(self.prepare_picture(source), prompt) for source in as_list(images)]
         self._check_batch(len(pictures))
         inputs = {"image_embeds": np.concatenate(self.vision.encode(pictures))}
         with load_attention_engine(self.bundle, self.options) as engine:
@@ -335,24 +340,9 @@ class Pipeline:
             return Decoder(engines["embed_tokens"], engines["llm"], self.generation.context_length)
         return Seq2SeqDecoder(engines["embed_tokens"], engines["llm_encoder"], engines["llm"], seq2seq)
 
-    def _group(self, images: Pictures) -> list[list[Any]]:
-        """The pictures of each prompt. With a model of videos, a list in the list is one video, frame by frame."""
-        if images is None:
-            return [[]]
-        sources = _as_list(images)
-        if not sources:
-            raise InputError("no picture came; give at least one, or None for a prompt without pictures")
-        nested = [not _is_one(source) for source in sources]
-        if self.manifest.image.tiling.kind == "frames" or not any(nested):
-            return [[source] for source in sources]
-        if not all(nested):
-            raise InputError("pictures and lists of pictures came mixed; give a list of pictures for each prompt")
-        return [list(source) for source in sources]
-
     def prepare_picture(self, source: Any, pictures: int = 1) -> PictureTensors:
-        """One picture (or video) as the encoder takes it; `pictures`: how many its prompt holds."""
-        contract = self.manifest.image
-        return prepare_picture(load_picture(source, contract), contract, pictures=pictures)
+        """One picture (or video) as the encoder takes it; `pictures`: how many its prompt holds, videos not counted."""
+        return prepare_source(source, self.manifest, pictures)
 
     def instruct(self, picture: PictureTensors, prompt: str) -> PictureTensors:
         """`picture` with `prompt` as the connector reads it; the picture itself where the connector reads none.
@@ -406,11 +396,3 @@ def _params(options: Any) -> SamplingParams:
     except TypeError as error:
         known = ", ".join(SamplingParams.__dataclass_fields__)
         raise InputError(f"{str(error).split('() ', 1)[-1]}; generation options are {known}") from error
-
-
-def _is_one(images: Any) -> bool:
-    return not isinstance(images, list | tuple)
-
-
-def _as_list(images: Any) -> list[Any]:
-    return [images] if _is_one(images) else list(images)

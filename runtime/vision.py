@@ -25,6 +25,8 @@ class VisionChain:
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
         self.encoder, self.connector = engines["encoder"], engines["connector"]
+        # LLaVA-NeXT-Video has another for the frames of videos.
+        self.video_connector = engines.get("video_connector", self.connector)
         record = bundle.manifest.stage("connector")
         self._vectors = {name: _load_vector(bundle.file(path)) for name, path in record.vectors.items()}
 
@@ -40,7 +42,12 @@ class VisionChain:
         inputs = [
             {**picture.tensors, "image_embeds": embeds} for picture, embeds in zip(pictures, image_embeds, strict=True)
         ]
-        return _run(self.connector, inputs)
+        engines = [self.video_connector if picture.video else self.connector for picture in pictures]
+        connected: dict[int, Array] = {}
+        for engine in dict.fromkeys(engines):
+            chosen = [place for place, other in enumerate(engines) if other is engine]
+            connected.update(zip(chosen, _run(engine, [inputs[place] for place in chosen]), strict=True))
+        return [connected[place] for place in range(len(pictures))]
 
     def arrange(self, picture: PictureTensors, features: Array) -> Array:
         """`[T, D]`: the picture's features `[tiles, Q, D]` in the order of its image tokens."""
@@ -55,15 +62,34 @@ class VisionChain:
 
 
 def _run(engine: Engine, pictures: Sequence[Mapping[str, Array]]) -> list[Array]:
-    """The engine's one output for each picture."""
-    if not pictures:
-        return []
+    """The engine's one output for each picture.
+
+    Pictures whose tensors have one shape run together. Those of different shapes do not: padded to the largest, a
+    picture would give other features than alone.
+    """
     names = [spec.name for spec in engine.contract.inputs]
     output = engine.contract.outputs[0].name
     if engine.contract.inputs[0].shape[0] != "batch":
         return [engine.run({name: picture[name] for name in names})[output] for picture in pictures]
-    inputs = {name: _stack([picture[name] for picture in pictures]) for name in names}
-    counts = [len(picture[names[0]]) for picture in pictures]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, picture in enumerate(pictures):
+        groups.setdefault(_shape_of(picture, names), []).append(index)
+    found: dict[int, Array] = {}
+    for members in groups.values():
+        found.update(zip(members, _run_batch(engine, [pictures[i] for i in members]), strict=True))
+    return [found[index] for index in range(len(pictures))]
+
+
+def _shape_of(picture: Mapping[str, Array], names: Sequence[str]) -> tuple[Any, ...]:
+    """The shapes of one tile's tensors; lengths of texts, which have masks, may differ."""
+    return tuple(picture[name].shape[1:] for name in names if picture[name].ndim > 2)
+
+
+def _run_batch(engine: Engine, pictures: Sequence[Mapping[str, Array]]) -> list[Array]:
+    """All tiles of all pictures in one batch, or in as many as the contract's batch needs."""
+    inputs = {spec.name: _stack([picture[spec.name] for picture in pictures]) for spec in engine.contract.inputs}
+    output = engine.contract.outputs[0].name
+    counts = [len(picture[engine.contract.inputs[0].name]) for picture in pictures]
     most, total = engine.contract.axis("batch").max, sum(counts)
     parts = [
         engine.run({name: array[start : start + most] for name, array in inputs.items()})[output]

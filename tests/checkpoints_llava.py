@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import randomize, write_tokenizer
+from tests.checkpoints import edit_config, edit_weights, randomize, write_tokenizer
 
 VICUNA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
@@ -44,9 +44,13 @@ def write_llava_checkpoint(
     chat_template: str | None = VICUNA_TEMPLATE,
     grid_pinpoints: list[list[int]] | None = None,
     bias: bool = True,
+    linear: bool = False,
     seed: int = 0,
 ) -> Path:
-    """`LlavaForConditionalGeneration`, or `LlavaNextForConditionalGeneration` with `anyres`; returns `directory`."""
+    """`LlavaForConditionalGeneration`, or `LlavaNextForConditionalGeneration` with `anyres`; returns `directory`.
+
+    `linear`: one linear layer for projector, as LLaVA 1.0 had it.
+    """
     import transformers as t
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -87,4 +91,14 @@ def write_llava_checkpoint(
         num_additional_image_tokens=int(tower == "clip"), chat_template=chat_template,
     )  # fmt: skip
     processor.save_pretrained(directory)
+    if linear:
+        edit_config(directory, mm_projector_type="linear")
+        edit_weights(directory, _keep_one_linear)
     return directory
+
+
+def _keep_one_linear(state: dict[str, Any]) -> None:
+    """The projector of LLaVA 1.0 under its project's names."""
+    for part in ("weight", "bias"):
+        state.pop(f"multi_modal_projector.linear_2.{part}")
+        state[f"model.mm_projector.{part}"] = state.pop(f"multi_modal_projector.linear_1.{part}")

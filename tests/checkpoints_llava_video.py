@@ -7,7 +7,22 @@ from typing import Any
 
 from tests.checkpoints import randomize, write_tokenizer
 from tests.checkpoints_idefics3 import write_processor
-from tests.checkpoints_llava import SMALL_LLAMA, SMALL_VISION, VICUNA_TEMPLATE
+from tests.checkpoints_llava import SMALL_LLAMA, SMALL_VISION
+
+# As the hub's checkpoints have it: all pictures, then all videos, then the texts.
+VIDEO_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for content in message['content'] if content['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] if content['type'] == 'video' %}{{ '<video>\n' }}{% endfor %}"
+    "{% for content in message['content'] if content['type'] == 'text' %}{{ content['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# Each where it stands in the message.
+ORDERED_TEMPLATE = (
+    "{% for message in messages %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'text' %}{{ content['text'] }}{% else %}{{ '[<' + content['type'] + '>]' }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
 
 
 def write_llava_onevision_checkpoint(
@@ -18,6 +33,7 @@ def write_llava_onevision_checkpoint(
     text: dict[str, Any] | None = None,
     layer: int | list[int] = -1,
     max_tiles: int = 2,
+    chat_template: str = VIDEO_TEMPLATE,
     tie: bool = False,
     seed: int = 0,
 ) -> Path:
@@ -51,7 +67,7 @@ def write_llava_onevision_checkpoint(
         "do_sample_frames": False,
     }
     write_processor(
-        directory, "LlavaOnevisionProcessor", images, tokenizer, VICUNA_TEMPLATE, num_image_tokens=side * side,
+        directory, "LlavaOnevisionProcessor", images, tokenizer, chat_template, num_image_tokens=side * side,
         vision_feature_select_strategy=select, vision_aspect_ratio=ratio, video_processor=frames,
     )  # fmt: skip
     return _save(t.LlavaOnevisionForConditionalGeneration(config), directory, seed)
@@ -65,6 +81,7 @@ def write_llava_next_video_checkpoint(
     layer: int | list[int] = -2,
     mode: str = "average",
     stride: int = 2,
+    chat_template: str = VIDEO_TEMPLATE,
     seed: int = 0,
 ) -> Path:
     """`LlavaNextVideoForConditionalGeneration` with a Llama decoder; returns `directory`."""
@@ -97,7 +114,7 @@ def write_llava_next_video_checkpoint(
         "do_sample_frames": False,
     }
     write_processor(
-        directory, "LlavaNextVideoProcessor", images, tokenizer, VICUNA_TEMPLATE, patch_size=vision["patch_size"],
+        directory, "LlavaNextVideoProcessor", images, tokenizer, chat_template, patch_size=vision["patch_size"],
         vision_feature_select_strategy="default", num_additional_image_tokens=1, video_processor=frames,
     )  # fmt: skip
     return _save(t.LlavaNextVideoForConditionalGeneration(config), directory, seed)

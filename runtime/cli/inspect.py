@@ -73,6 +73,9 @@ def _print(bundle: Bundle) -> None:
         console.print(f"connector  {manifest.custom_connector!r}, from outside bridgeport", markup=False)
     if manifest.prompt is not None:
         console.print("prompt     " + _prompt(manifest.prompt), markup=False, highlight=False)
+        if (read := manifest.prompt.instruction) is not None:
+            words = f"connector  reads the prompt too, through {read.tokenizer}, at most {read.max_length} tokens"
+            console.print(words, markup=False, highlight=False)
     if manifest.score is not None:
         console.print("score      " + _score(manifest.score), markup=False, highlight=False, soft_wrap=True)
     if manifest.generation is not None:

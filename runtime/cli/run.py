@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from ..generation import Generation
     from ..pipeline import Pipeline
+    from ..sources import Video
 
 
 def run(
@@ -18,6 +19,10 @@ def run(
     image: Annotated[
         list[Path] | None,
         typer.Option(help="Picture file; several run as one batch, each with the prompt. None: text alone."),
+    ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(help="Animated GIF, WebP or PNG, or a directory of frames in name order; as --image."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="Text after the picture; without one the picture is captioned.")] = "",
     max_new_tokens: Annotated[
@@ -44,14 +49,15 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Answer a prompt about a picture, or caption it, and time each stage."""
+    """Answer a prompt about a picture or video, or caption it, and time each stage."""
     from ...errors import InputError
     from ..attention_map import check_attention_graph, check_target
     from ..pipeline import Pipeline
+    from ..sources import Video
 
-    pictures = image or []
+    pictures: list[Path | Video] = [*(image or []), *map(Video, video or [])]
     if attention_map is not None:
-        if len(pictures) != 1:
+        if len(pictures) != 1 or video:
             raise InputError(f"--attention-map draws one picture, {len(pictures)} came; run it with one --image")
         check_target(attention_map)
     options: Any = {
@@ -62,7 +68,7 @@ def run(
         if attention_map is not None:
             check_attention_graph(pipeline.bundle)  # before the text is out, not after
         one_prompt = together or interleave or len(pictures) < 2
-        rows: list[list[Path]] = [pictures] if one_prompt else [[picture] for picture in pictures]
+        rows: list[list[Path | Video]] = [pictures] if one_prompt else [[picture] for picture in pictures]
         options["interleave"] = interleave
         if stream and not as_json and one_prompt:
             results = [_stream(pipeline, pictures or None, prompt, options)]
@@ -70,11 +76,11 @@ def run(
             results = pipeline.generate(rows if pictures else None, [prompt] * len(rows), **options)
             _print(rows, results, as_json=as_json)
         if attention_map is not None:
-            _draw(pipeline, pictures[0], prompt, attention_map)
+            _draw(pipeline, (image or [])[0], prompt, attention_map)
     typer.echo(_timings(results[0]), err=True)
 
 
-def _stream(pipeline: Pipeline, image: list[Path] | None, prompt: str, options: Any) -> Generation:
+def _stream(pipeline: Pipeline, image: list[Path | Video] | None, prompt: str, options: Any) -> Generation:
     with pipeline.stream(image, prompt, **options) as pieces:
         for piece in pieces:
             typer.echo(piece, nl=False)
@@ -82,19 +88,23 @@ def _stream(pipeline: Pipeline, image: list[Path] | None, prompt: str, options: 
         return pieces.generation
 
 
-def _print(images: list[list[Path]], results: list[Generation], *, as_json: bool) -> None:
+def _print(images: list[list[Path | Video]], results: list[Generation], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(_document(images, results), indent=2, ensure_ascii=False))
         return
     for image, result in zip(images, results, strict=True):
-        typer.echo(result.text if len(results) == 1 else f"{image[0]}: {result.text}")
+        typer.echo(result.text if len(results) == 1 else f"{_name(image[0])}: {result.text}")
 
 
-def _document(images: list[list[Path]], results: list[Generation]) -> dict[str, Any]:
-    """One picture: its result at the top. Several: `results`, and the batch's timings once."""
+def _name(source: Path | Video) -> str:
+    return str(source if isinstance(source, Path) else source.source)
+
+
+def _document(images: list[list[Path | Video]], results: list[Generation]) -> dict[str, Any]:
+    """One picture (or video): its result at the top. Several: `results`, and the batch's timings once."""
     records = [
         {
-            "image": str(image[0]) if len(image) == 1 else [str(picture) for picture in image],
+            "image": _name(image[0]) if len(image) == 1 else [_name(picture) for picture in image],
             "text": result.text,
             "token_ids": list(result.token_ids),
             "finish_reason": result.finish_reason,

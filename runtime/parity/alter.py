@@ -27,6 +27,16 @@ Features = NDArray[np.float32]
 # What transformers' processors give for every token of a prompt.
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
+# Model types whose processor and model count features from the patch size.
+_ANYRES = ("llava_next", "llava_onevision")
+# Model kind -> the learned queries of transformers' model.
+_QUERIES = {
+    "blip-2": "query_tokens",
+    "instructblip": "query_tokens",
+    "instructblip-video": "query_tokens",
+    "idefics2": "model.connector.perceiver_resampler.latents",
+}
+
 
 def describe(checkpoint: VisionLanguageModel) -> tuple[str, ...]:
     """What was done to transformers' model, a sentence each; `checkpoint` as the bundle has it."""
@@ -54,25 +64,29 @@ def use_custom_connector(model: Any, checkpoint: VisionLanguageModel, taps: Taps
     setattr(model.get_submodule(parent), name, checkpoint.connector)
 
 
-def use_reduction(model: Any, processor: Any, reduction: Reduction, taps: Taps) -> None:
+def use_reduction(model: Any, processor: Any, reduction: Reduction, kind: str, taps: Taps) -> None:
     """Apply `reduction` to transformers' connector, for good. UnsupportedError for queries in an unknown place."""
     if reduction.method == "queries":
-        from torch import nn
-
-        if not hasattr(model, "query_tokens"):
-            raise UnsupportedError(
-                f"parity of {reduction} knows transformers' models with query_tokens, which a "
-                f"{type(model).__name__} has not; compare its stages apart"
-            )
-        model.query_tokens = nn.Parameter(model.query_tokens.detach()[:, : reduction.amount])
+        _cut_queries(model, reduction, kind)
         return
     model.get_submodule(taps.image_features.module).register_forward_hook(
         lambda _module, _inputs, features: _reduced(features, reduction)
     )
-    if model.config.model_type == "llava_next":
+    if model.config.model_type in _ANYRES:
         # To what transformers puts together, each window is a patch now.
         model.config.vision_config.patch_size *= reduction.amount
         processor.patch_size *= reduction.amount
+
+
+def _cut_queries(model: Any, reduction: Reduction, kind: str) -> None:
+    from torch import nn
+
+    if kind not in _QUERIES:
+        raise UnsupportedError(f"parity of {reduction} knows {', '.join(_QUERIES)}; a {kind} is none of them")
+    parent, _, name = _QUERIES[kind].rpartition(".")
+    queries = model.get_parameter(_QUERIES[kind]).detach()
+    # [1, Q, D] or [Q, D].
+    setattr(model.get_submodule(parent), name, nn.Parameter(queries[..., : reduction.amount, :]))
 
 
 def placeholder_counts(original: VisionLanguageModel, altered: VisionLanguageModel) -> Callable[[int], int] | None:
@@ -83,7 +97,7 @@ def placeholder_counts(original: VisionLanguageModel, altered: VisionLanguageMod
     if altered.layout.custom_connector is not None:
         wanted = _tokens(altered)
         return lambda _: wanted
-    if altered.layout.reduction is None or altered.config.model_type == "llava_next":
+    if altered.layout.reduction is None or altered.config.model_type in _ANYRES:
         return None
     before, after = _tokens(original), _tokens(altered)
     return lambda count: count * after // before
@@ -113,7 +127,8 @@ def _reduced(features: Any, reduction: Reduction) -> Any:
     import torch
 
     apply = {"pool": pool, "tome": merge}[reduction.method]
-    tiles = [apply(tile, reduction.amount) for tile in features.detach().numpy()]
+    # Some give a map, [tiles, rows, columns, D].
+    tiles = [apply(tile, reduction.amount) for tile in features.detach().flatten(1, -2).numpy()]
     return torch.from_numpy(np.stack(tiles))
 
 

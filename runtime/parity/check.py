@@ -14,7 +14,7 @@ from ...errors import DependencyError, InputError
 from ...image_contract import Frames, Tiling
 from ..processor import load_image
 from ..processor.instruction import InstructionTokenizer
-from ..processor.tiling.frames import load_video
+from ..processor.tiling.frames import choose_frames, load_video
 from .alter import describe
 from .audit import audit_epsilons, audit_int4_weights
 from .drill import DrillReport, GraphRun
@@ -256,7 +256,7 @@ def _check_length(bundle: Bundle, values: Sequence[ReferenceValues], max_new_tok
 def _open_video(source: Source, tiling: Frames) -> tuple[str, list[Image.Image]]:
     """The frames as transformers gets them: those of a list keep their modes."""
     if isinstance(source, list | tuple):
-        frames = [_open(frame)[1] for frame in source]
+        frames = [_open(source[index])[1] for index in choose_frames(len(source), tiling)]
         return f"video of {len(frames)} frames", frames
     name = Path(source).name if isinstance(source, str | Path) else "video"
     frames = load_video(source, tiling)

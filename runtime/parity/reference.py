@@ -77,6 +77,8 @@ class Reference:
             )
         with _quiet_transformers():
             reference = cls(found, *(load_reference(found) or _load(Path(checkpoint), found.architecture)))
+        if getattr(found.config, "mm_projector_type", None) == "linear":
+            _use_linear_projector(reference.model, found)
         reference._alter(reduction)
         return reference
 
@@ -88,7 +90,7 @@ class Reference:
             from ...models.reduction import reduce_tokens
 
             self.checkpoint = reduce_tokens(original, reduction)
-            use_reduction(self.model, self.processor, reduction, self.taps)
+            use_reduction(self.model, self.processor, reduction, original.kind, self.taps)
         self._counts = placeholder_counts(original, self.checkpoint)
 
     @property
@@ -109,7 +111,7 @@ class Reference:
             input_ids=ids,
             image_positions=[i for i, token in enumerate(ids) if token == image_token],
             image_embeds=array(seen["image_embeds"]),
-            image_features=array(seen["image_features"]),
+            image_features=_by_tile(array(seen["image_features"]), len(seen["image_embeds"])),
             inputs_embeds=array(seen["inputs_embeds"][0]),
             logits=array(outputs.logits[0, -1]),
             token_ids=self._generate(inputs, ids, max_new_tokens),
@@ -228,6 +230,11 @@ class Reference:
         return text.strip()
 
 
+def _by_tile(features: NDArray[np.float32], tiles: int) -> NDArray[np.float32]:
+    """`[tiles, Q, D]`, also of features that are still a map."""
+    return features if features.ndim == 3 else features.reshape(tiles, -1, features.shape[-1])
+
+
 def array(tensor: Any) -> NDArray[np.float32]:
     """A torch tensor as a float32 array of its own, C-contiguous."""
     return np.array(tensor.detach().to("cpu").float().numpy(), order="C")
@@ -255,6 +262,17 @@ def _load(checkpoint: Path, architecture: str) -> tuple[Any, Any]:
             "the bundle was exported from, with its processor and tokenizer files"
         ) from error
     return model.eval(), processor
+
+
+def _use_linear_projector(model: Any, checkpoint: VisionLanguageModel) -> None:
+    """LLaVA 1.0's one layer, which transformers' class does not have, in place of its two."""
+    from torch import nn
+
+    names = {part: f"model.multi_modal_projector.linear_1.{part}" for part in ("weight", "bias")}
+    state = checkpoint.weights.read(names.values())
+    projector = nn.Linear(*reversed(state[names["weight"]].shape))
+    projector.load_state_dict({part: state[name] for part, name in names.items()})
+    model.model.multi_modal_projector = projector
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Tap:
-    """What goes into, or comes out of, the module called `module`."""
+    """What goes into, or comes out of, the module called `module`; `skip_first` leaves its first token out."""
 
     module: str
     side: Literal["input", "output"]
+    skip_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,21 @@ _FLAMINGO = Taps(
     embeds_itself=True,
 )
 
+_IDEFICS_2_3 = Taps(
+    pixels="model.vision_model",
+    image_embeds=Tap("model.connector", "input"),
+    image_features=Tap("model.connector", "output"),
+    language="model.text_model",
+)
+
+# Its connector shuffles pixels before the projector, so what the connector takes is the tower's output.
+_INTERNVL = Taps(
+    pixels="model.vision_tower",
+    image_embeds=Tap("model.vision_tower", "output", skip_first=True),
+    image_features=Tap("model.multi_modal_projector", "output"),
+    language="model.language_model",
+)
+
 # Model kind (`Layout.kind`) -> its taps.
 TAPS: dict[str, Taps] = {
     "blip-2": _BLIP_2,
@@ -72,6 +88,12 @@ TAPS: dict[str, Taps] = {
     "flamingo": _FLAMINGO,
     "llava": _LLAVA,
     "llava-next": _LLAVA,
+    "llava-next-video": _LLAVA,
+    "llava-onevision": _LLAVA,
+    "idefics2": _IDEFICS_2_3,
+    "idefics3": _IDEFICS_2_3,
+    "smolvlm": _IDEFICS_2_3,
+    "internvl": _INTERNVL,
     "qwen2-vl": _QWEN_VL,
     "qwen2.5-vl": _QWEN_VL,
 }
@@ -87,14 +109,20 @@ def tapped(model: Any, taps: Taps) -> Iterator[dict[str, Any]]:
     def take(name: str, value: Any) -> None:
         seen.setdefault(name, tensor_of(value))
 
-    def before(name: str, argument: str) -> Any:
+    def before(name: str, argument: str | None = None) -> Any:
+        """`argument`, or whatever comes first where it has another name."""
+
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
-            take(name, kwargs[argument] if argument in kwargs else args[0])
+            take(name, kwargs[argument] if argument in kwargs else next(iter((*args, *kwargs.values()))))
 
         return hook
 
-    def after(name: str) -> Any:
-        return lambda _module, _args, output: take(name, output)
+    def after(name: str, *, skip_first: bool = False) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            value = tensor_of(output)
+            take(name, value[:, 1:] if skip_first else value)
+
+        return hook
 
     handles = [
         model.get_submodule(taps.pixels).register_forward_pre_hook(
@@ -109,9 +137,9 @@ def tapped(model: Any, taps: Taps) -> Iterator[dict[str, Any]]:
     for name, tap in (("image_embeds", taps.image_embeds), ("image_features", taps.image_features)):
         module = model.get_submodule(tap.module)
         if tap.side == "output":
-            handles.append(module.register_forward_hook(after(name)))
+            handles.append(module.register_forward_hook(after(name, skip_first=tap.skip_first)))
         else:
-            handles.append(module.register_forward_pre_hook(before(name, "image_features"), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
     try:
         yield seen
     finally:

@@ -38,12 +38,14 @@ class PictureTensors:
         are the connector's output `image_features` `[tiles, Q, D]` of this picture flattened to `[tiles * Q, D]`; if
         the connector has an output `image_newline` `[1, D]`, that is row `tiles * Q`.
     weights: None, or float32 `[T, K]`: the token is the weighted sum of those K rows (interpolation).
+    video: whether it is a video beside pictures: its tokens are the prompt contract's video tokens.
     """
 
     tensors: dict[str, npt.NDArray[Any]]
     pieces: tuple[str | int, ...]
     rows: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32] | None = None
+    video: bool = False
 
 
 def load_picture(source: Any, contract: ImageContract) -> Image.Image | list[Image.Image]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ Pieces = Sequence[str | int]
 # Marks of a template, and of a prompt that says itself where its pictures stand.
 _MARKS = re.compile(r"\{(images|prompt)\}")
 IMAGE_MARK = "{image}"
+VIDEO_MARK = "{video}"
 
 
 class EncodedPrompt(NamedTuple):
@@ -40,14 +41,15 @@ def tokenize_prompt(
     prompt: str,
     pictures: Sequence[Pieces] = (),
     *,
+    videos: Collection[int] = (),
     interleave: bool = False,
     context_length: int | None = None,
 ) -> EncodedPrompt:
     """Lay `prompt` and its pictures out as the contract's segments say.
 
-    `pictures`: what stands for each, texts and counts of image tokens (`PictureTensors.pieces`). `interleave`: each
-    `{image}` in `prompt` is where the next picture stands; else they stand where the contract has them, and the mark
-    is ordinary text.
+    `pictures`: what stands for each, texts and counts of image tokens (`PictureTensors.pieces`). `videos`: which of
+    them, counted from 0, are videos, whose tokens are video tokens. `interleave`: each `{image}` in `prompt` is where
+    the next picture or video stands; else they stand where the contract has them, and the mark is ordinary text.
 
     Raises InputError when the prompt is no string or no valid Unicode, when it has another number of marks than there
     are pictures, when there are more pictures than the contract allows, or when the whole is longer than
@@ -55,14 +57,16 @@ def tokenize_prompt(
     """
     if not isinstance(prompt, str):
         raise InputError(f"a prompt must be a string, got {type(prompt).__name__}")
-    if contract.placeholder in prompt:
-        raise InputError(
-            f"the prompt holds the text that this bundle keeps for pictures (token {contract.image_token_id}); "
-            "remove it from the prompt"
-        )
+    spellings = _placeholders(contract)
+    for spelling, token in spellings.items():
+        if spelling in prompt:
+            raise InputError(
+                f"the prompt holds the text that this bundle keeps for pictures (token {token}); "
+                "remove it from the prompt"
+            )
     _check_pictures(contract, prompt, len(pictures), interleave)
     prompt = _strip(prompt, contract.strip, interleave)
-    images = [contract.image.replace(IMAGE_MARK, _spell(pieces, contract.placeholder)) for pieces in pictures]
+    images = [_wrap(contract, pieces, video=place in videos) for place, pieces in enumerate(pictures)]
     segments = contract.segments if pictures else contract.text_only or contract.segments
     wanted = sum(_count(pieces) for pieces in pictures)
     ids: list[int] = []
@@ -77,8 +81,8 @@ def tokenize_prompt(
         if contract.boundary is not None:
             text = join_boundaries(text, contract.boundary, contract.boundary_gap)
         ids += encode_text(tokenizer, text, segment.add_special_tokens)
-        if contract.placeholder in text:
-            positions += [place for place in range(start, len(ids)) if ids[place] == contract.image_token_id]
+        tokens = {token for spelling, token in spellings.items() if spelling in text}
+        positions += [place for place in range(start, len(ids)) if ids[place] in tokens]
     if len(positions) != wanted:
         raise BundleError(
             f"the prompt has {len(positions)} image tokens where its pictures give {wanted} features; the prompt "
@@ -113,6 +117,21 @@ def _strip(prompt: str, characters: str, interleave: bool) -> str:
         return prompt
     texts = prompt.split(IMAGE_MARK) if interleave else [prompt]
     return IMAGE_MARK.join(text.strip(characters) for text in texts)
+
+
+def _placeholders(contract: PromptContract) -> dict[str, int]:
+    """The spellings of the tokens that stand for pictures and videos, and their ids."""
+    video = contract.video
+    return {contract.placeholder: contract.image_token_id} | ({video.placeholder: video.token_id} if video else {})
+
+
+def _wrap(contract: PromptContract, pieces: Pieces, *, video: bool) -> str:
+    """What stands for one picture or video in the text. Raises BundleError where the contract has no video token."""
+    if not video:
+        return contract.image.replace(IMAGE_MARK, _spell(pieces, contract.placeholder))
+    if contract.video is None:
+        raise BundleError("a video came, and the prompt contract has no token for one; export the bundle again")
+    return contract.video.text.replace(VIDEO_MARK, _spell(pieces, contract.video.placeholder))
 
 
 def _spell(pieces: Pieces, placeholder: str) -> str:

@@ -50,6 +50,7 @@ __all__ = [
     "StageRecord",
     "TextSegment",
     "Tiling",
+    "VideoPlaceholder",
     "Whole",
 ]
 
@@ -114,6 +115,21 @@ class InstructionContract(Record):
     vocab_size: int = Field(ge=1)
 
 
+class VideoPlaceholder(Record):
+    """What stands for a video in a prompt, as `PromptContract` has it for a picture.
+
+    `text`: around the `{video}` that its tiling expands to. `mixed`: where pictures and videos of one prompt stand, all
+    pictures in front or as they came; None where the chat template puts more than their texts there. `placeholder` is
+    a secret, as the picture's is: `token`, the checkpoint's own spelling, is ordinary text in a bundle.
+    """
+
+    text: str = "{video}"
+    mixed: Literal["pictures_first", "as_given"] | None = None
+    token_id: int = Field(ge=0)
+    token: str
+    placeholder: str
+
+
 class PromptContract(Record):
     """Prompt and pictures -> token ids, and where the image features go.
 
@@ -140,6 +156,8 @@ class PromptContract(Record):
     images_per_prompt: int = Field(default=1, ge=1)
     # None where the connector reads pictures alone.
     instruction: InstructionContract | None = None
+    # None where no video stands in a prompt beside pictures.
+    video: VideoPlaceholder | None = None
 
 
 class GenerationContract(Record):
@@ -176,6 +194,8 @@ class Manifest(Record):
     checkpoint: CheckpointRecord
     stages: tuple[StageRecord, ...]
     image: ImageContract
+    # For a model that takes pictures and videos; `image` is about videos where it takes nothing else.
+    video: ImageContract | None = None
     tokenizer: str
     # None in a bundle that scores pictures against texts and generates nothing.
     kv_cache: KvCacheContract | None = None

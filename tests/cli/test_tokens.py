@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def bundle(blip2_bundle: Callable[[str], Path]) -> Path:
+    return blip2_bundle("llama-gqa-tied")
+
+
 def document(capsys: Captured, *words: str) -> dict[str, Any]:
     assert main(["tokens", *words, "--json"]) == 0
     parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -72,14 +78,10 @@ def test_a_checkpoint_directory_needs_no_weights(checkpoint: Path, capsys: Captu
     assert picture["flops"]["connector"] == 2 * 80 * 32 * (24 + 32)
 
 
-def test_a_bundle_is_measured_in_onnx_runtime(
-    small_bundle: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connectors.compare_connectors, "__kwdefaults__", {
-        **connectors.compare_connectors.__kwdefaults__, "encoders": ((9, 16),), "output_width": 24,
-    })  # fmt: skip
-    found = document(capsys, str(small_bundle), "--image-size", "64x48", "--measure", "--rounds", "2")
-    manifest = Bundle.load(small_bundle).manifest
+def test_a_bundle_is_measured_in_onnx_runtime(bundle: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connectors, "ENCODERS", ((9, 16),))
+    found = document(capsys, str(bundle), "--image-size", "64x48", "--measure", "--rounds", "2")
+    manifest = Bundle.load(bundle).manifest
     assert manifest.generation is not None
     (model,) = found["models"]
     (picture,) = model["pictures"]
@@ -141,7 +143,8 @@ def test_bad_input_is_one_line_and_status_2(words: list[str], said: str, tmp_pat
 
 def test_an_unknown_name_lists_all_that_are_known(capsys: Captured) -> None:
     assert main(["tokens", "llava"]) == 2
-    assert all(name in capsys.readouterr().err for name in KNOWN)
+    said = capsys.readouterr().err
+    assert all(name in said for name in KNOWN)
 
 
 def run_without_torch(*words: str) -> subprocess.CompletedProcess[str]:
@@ -149,8 +152,8 @@ def run_without_torch(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_without_torch_bundles_and_known_models_are_counted(small_bundle: Path, capsys: Captured) -> None:
-    words = (str(small_bundle), "llava-next-7b", "--image-size", "672x672")
+def test_without_torch_bundles_and_known_models_are_counted(bundle: Path, capsys: Captured) -> None:
+    words = (str(bundle), "llava-next-7b", "--image-size", "672x672")
     done = run_without_torch(*words, "--json")
     assert done.returncode == 0, done.stderr
     alone, whole = json.loads(done.stdout)["models"], document(capsys, *words)["models"]
@@ -169,16 +172,16 @@ def test_without_torch_a_checkpoint_directory_says_what_to_install(checkpoint: P
 
 
 def test_a_bundle_that_gives_fewer_tokens_than_its_config_is_taken_at_its_word(
-    small_bundle: Path, tmp_path: Path, capsys: Captured
+    bundle: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     """As an export option makes one: the config that it keeps would make other modules."""
-    bundle = tmp_path / "bundle"
-    shutil.copytree(small_bundle, bundle)
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    reduced = tmp_path / "bundle"
+    shutil.copytree(bundle, reduced)
+    manifest = json.loads((reduced / "manifest.json").read_text(encoding="utf-8"))
     (stage,) = (one for one in manifest["stages"] if one["contract"]["name"] == "connector")
     stage["contract"]["outputs"][0]["shape"][1] = 3
     manifest["image"]["tiling"]["tokens"] = 3
-    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    (model,) = document(capsys, str(bundle), "--image-size", "64x64")["models"]
+    (reduced / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (model,) = document(capsys, str(reduced), "--image-size", "64x64")["models"]
     assert (model["pictures"][0]["features"], model["pictures"][0]["tokens"]) == (3, 3)
     assert (model["parameters"], model["pictures"][0]["flops"]) == ({}, {})

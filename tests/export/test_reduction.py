@@ -10,6 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from tests.checkpoints import write_blip2_checkpoint
+from tests.checkpoints_idefics2 import write_idefics2_checkpoint
+from tests.checkpoints_instructblip import write_instructblip_checkpoint
+from tests.checkpoints_internvl import write_internvl_checkpoint
 from tests.checkpoints_llava import write_llava_checkpoint
 
 import bridgeport.export.checkpoint as export
@@ -170,7 +173,8 @@ def test_the_picture_s_contract() -> None:
 @pytest.mark.parametrize(
     ("name", "reduction"),
     [("llava", "pool:2"), ("llava", "tome:5"), ("odd", "tome:12"), ("next, class token", "pool:4"),
-     ("blip-2", "queries:2"), ("blip-2", "tome:3"), ("opt", "queries:1")],
+     ("blip-2", "queries:2"), ("blip-2", "tome:3"), ("opt", "queries:1"),
+     ("instructblip", "queries:2"), ("idefics2", "queries:1"), ("internvl", "pool:2"), ("internvl", "tome:3")],
 )  # fmt: skip
 def test_other_chains(name: str, reduction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write: dict[str, Any] = {
@@ -181,6 +185,11 @@ def test_other_chains(name: str, reduction: str, tmp_path: Path, monkeypatch: py
         ),
         "blip-2": lambda: write_blip2_checkpoint(tmp_path / "c", **BLIP2),
         "opt": lambda: write_blip2_checkpoint(tmp_path / "c", **BLIP2, text="opt"),
+        "instructblip": lambda: write_instructblip_checkpoint(tmp_path / "c"),
+        "idefics2": lambda: write_idefics2_checkpoint(tmp_path / "c"),
+        "internvl": lambda: write_internvl_checkpoint(
+            tmp_path / "c", vision={"image_size": [32, 32], "patch_size": [4, 4]}
+        ),
     }
     checkpoint = write[name]()
     export_without_lint(checkpoint, tmp_path / "bundle", reduction, monkeypatch)

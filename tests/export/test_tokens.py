@@ -87,6 +87,28 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     assert former.flops == 12 * (attend + 2 * 2 * q * d * 4 * d) + 6 * cross + 2 * q * d * 4096
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("blip2-opt-2.7b", 3745),
+        ("blip2-flan-t5-xl", 3942),
+        ("idefics-9b", 8930),
+        ("idefics2-8b", 8403),
+        ("idefics3-8b", 8462),
+        ("smolvlm2-2.2b", 2247),
+        ("internvl3-1b", 938),
+        ("qwen2-vl-2b", 2209),
+        ("qwen2-vl-7b", 8291),
+        ("qwen2.5-vl-3b", 3755),
+        ("qwen2.5-vl-7b", 8292),
+        ("clip-vit-l-14", 428),
+    ],
+)
+def test_parameters_are_as_many_as_the_hub_shows(name: str, millions: int) -> None:
+    assert round(sum(count(known(name), "224x224").parameters.values()) / 1e6) == millions
+
+
 def test_llava_parameters_are_those_of_the_published_model(whole: Callable[[str], ModelReport]) -> None:
     """7.06 B as the hub counts them, without the vision tower's last layer and final norm, which LLaVA leaves out."""
     parameters = whole("llava-1.5-7b").parameters
@@ -180,6 +202,7 @@ def test_timing_is_the_median_behind_a_warm_up() -> None:
     calls: list[int] = []
     timing = time_calls(lambda: calls.append(1), "nothing", rounds=4)
     assert (len(calls), timing.rounds, timing.engine) == (5, 4, "nothing")
+    assert 0 < timing.best_ms <= timing.ms
 
 
 @pytest.mark.parametrize("text", ["336", "x336", "336x", "axb", "-1x5", "3x3x3", "", "0x0", "0x5", "99999x99999"])

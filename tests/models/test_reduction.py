@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from tests.checkpoints import write_blip2_checkpoint
+from tests.checkpoints_idefics2 import write_idefics2_checkpoint
+from tests.checkpoints_instructblip import write_instructblip_checkpoint
+from tests.checkpoints_internvl import write_internvl_checkpoint
 from tests.checkpoints_llava import write_llava_checkpoint
+from tests.checkpoints_score import write_score_checkpoint
 from torch import Tensor
 
-from bridgeport.errors import BridgeportError, InputError
+from bridgeport.errors import BridgeportError, InputError, UnsupportedError
 from bridgeport.models import load_checkpoint
 from bridgeport.models.reduction import TokenMerging, reduce_tokens
 from bridgeport.models.reduction_contract import Reduction, parse_reduction
@@ -134,3 +138,49 @@ def test_queries_that_are_left_out_are_not_computed(checkpoints: dict[str, Path]
         expected = theirs.language_projection(read)
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert (model.connector(x)[:, :2] - features).abs().max() > 1e-3, "planted fault: cut instead of not computed"
+
+
+def test_latents_that_are_left_out_are_not_computed(tmp_path: Path) -> None:
+    """Idefics2's Perceiver Resampler, behind pictures of two sizes in one batch."""
+    from transformers import Idefics2ForConditionalGeneration
+
+    checkpoint = write_idefics2_checkpoint(tmp_path)
+    model = reduce_tokens(load_checkpoint(checkpoint), parse_reduction("queries:2"))
+    shape = model.contracts["connector"].outputs[0].shape
+    assert shape[1] == 2
+    patch, width = model.config.vision_config.patch_size, model.config.vision_config.hidden_size
+    mask = torch.ones(2, 3 * patch, 4 * patch, dtype=torch.int64)
+    mask[1, :, 2 * patch :] = 0
+    x = torch.randn(2, 12, width)
+    features = model.connector(x, mask)
+
+    make: Any = Idefics2ForConditionalGeneration
+    connector = make.from_pretrained(checkpoint).eval().model.connector
+    resampler = connector.perceiver_resampler
+    resampler.latents = torch.nn.Parameter(resampler.latents[:2])
+    with torch.no_grad():
+        expected = connector(x, attention_mask=mask[:, ::patch, ::patch].flatten(1).bool())
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pixel_shuffle_leaves_a_grid(tmp_path: Path) -> None:
+    model = load_checkpoint(write_internvl_checkpoint(tmp_path, vision={"image_size": [32, 32], "patch_size": [4, 4]}))
+    reduced = reduce_tokens(model, parse_reduction("pool:2"))
+    _, tokens, width = model.contracts["connector"].inputs[0].shape
+    x = torch.randn(1, int(tokens), int(width))
+    whole, pooled = model.connector(x), reduced.connector(x)
+    assert (whole.shape[1], pooled.shape[1]) == (16, 4)
+    torch.testing.assert_close(pooled[:, 1], whole[:, [2, 3, 6, 7]].mean(dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_connectors_that_read_more_and_models_without_one(tmp_path: Path) -> None:
+    for write, reduction, message in (
+        (write_instructblip_checkpoint, "tome:1", r"reads qformer_input_ids beside the picture, .*; use queries:K$"),
+        (write_idefics2_checkpoint, "tome:1", r"reads pixel_attention_mask beside the picture, .*; use queries:K$"),
+    ):
+        model = load_checkpoint(write(tmp_path / write.__name__))
+        with pytest.raises(UnsupportedError, match=message):
+            reduce_tokens(model, parse_reduction(reduction))
+    clip = load_checkpoint(write_score_checkpoint(tmp_path / "clip", "clip"))
+    with pytest.raises(UnsupportedError, match=r"a clip gives no image tokens to a language model; leave it out$"):
+        reduce_tokens(clip, parse_reduction("queries:1"))

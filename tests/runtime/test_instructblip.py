@@ -26,9 +26,11 @@ from bridgeport.export.instruction import freeze_instruction
 from bridgeport.export.processor import freeze_image_processor, freeze_prompt, freeze_tokenizer
 from bridgeport.export.processor_check import check_frozen_processor
 from bridgeport.export.stages import ExportedStage
+from bridgeport.image_contract import Frames
 from bridgeport.manifest import InstructionContract
 from bridgeport.models import load_checkpoint
 from bridgeport.runtime import Pipeline, check_parity
+from bridgeport.runtime.parity.check import make_cases
 from bridgeport.runtime.processor.instruction import InstructionTokenizer
 
 NEW_TOKENS = 6
@@ -197,8 +199,13 @@ def test_typed_image_token_is_text(picture_chain: tuple[Path, Pipeline]) -> None
     assert list(prepared.image_positions[0]) == [0, 1, 2, 3, 4]
 
 
-def test_a_bundle_lists_its_second_tokenizer(picture_chain: tuple[Path, Pipeline], tmp_path: Path) -> None:
+def test_a_bundle_lists_its_second_tokenizer(
+    picture_chain: tuple[Path, Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, pipeline = picture_chain
+    assert main(["inspect", str(pipeline.bundle.path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "reads the prompt too, through tokenizer/qformer_tokenizer.json, at most 220 tokens" in shown
     bundle = copy_of(pipeline.bundle.path, tmp_path / "bundle")
     file = bundle / "tokenizer" / "qformer_tokenizer.json"
     file.write_text(file.read_text().replace("[CLS]", "[XLS]"))
@@ -236,6 +243,32 @@ def test_a_film_is_its_frames(
     for arguments in (["--image", str(film)], [*(f"--image={file}" for file in files), "--together"]):
         assert main([*shared, *arguments]) == 0
         assert json.loads(capsys.readouterr().out)["token_ids"] == list(want.token_ids)
+
+
+def test_more_frames_than_one_call_takes(video_chain: tuple[Path, Pipeline]) -> None:
+    """68 frames where encoder and connector take 64: the last video's are cut off from the others, and answer alike."""
+    _, pipeline = video_chain
+    videos = [[noise(30 + video, 20, 4 * video + frame) for frame in range(FRAMES)] for video in range(17)]
+    prompts = [f"{video} shapes? " * (1 + video % 3) for video in range(17)]
+    rows = pipeline.generate(videos, prompts, max_new_tokens=3)
+    for index in (0, 15, 16):
+        (alone,) = pipeline.generate([videos[index]], prompts[index], max_new_tokens=3)
+        assert rows[index].token_ids == alone.token_ids
+    assert len({row.token_ids for row in rows}) > 3
+
+
+def test_parity_takes_films_and_lists_of_frames(tmp_path: Path) -> None:
+    frames = [noise(8, 6, seed).quantize(32).convert("RGB") for seed in range(FRAMES)]
+    film = tmp_path / "film.png"
+    frames[0].save(film, save_all=True, append_images=frames[1:])
+    tiling = Frames(tokens=1, frames=FRAMES)
+    cases = make_cases([film, [frame.convert("L") for frame in frames]], ["what?"], tiling)
+    assert [case.picture for case in cases] == ["film.png, 4 frames", "video of 4 frames"]
+    assert [frame.tobytes() for frame in cases[0].image] == [frame.tobytes() for frame in frames]
+    assert [frame.mode for frame in cases[1].image] == ["L"] * FRAMES, "transformers is to convert them itself"
+    assert [len(case.image) for case in make_cases(None, None, tiling)] == [FRAMES] * 2
+    with pytest.raises(InputError, match="0 frames"):
+        make_cases([[]], None, tiling)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

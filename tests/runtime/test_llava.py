@@ -119,6 +119,7 @@ def test_marks_and_pictures_that_do_not_agree(chain: tuple[Path, Pipeline]) -> N
 
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "one linear layer": {"linear": True},
     "last layer, class token kept": {"layer": -1, "select": "full"},
     "two layers": {"layer": [-2, 1], "vision": {"num_hidden_layers": 4}},
     "siglip": {"tower": "siglip", "layer": -1, "select": "full"},

@@ -1,0 +1,96 @@
+"""Every family from checkpoint to text against transformers on the same weights; LLaVA has its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.checkpoints import write_blip2_checkpoint
+from tests.checkpoints_foreign import write_lavis_checkpoint, write_minigpt4_checkpoint
+from tests.checkpoints_idefics2 import write_idefics2_checkpoint
+from tests.checkpoints_idefics3 import write_idefics3_checkpoint
+from tests.checkpoints_internvl import write_internvl_checkpoint
+from tests.checkpoints_llava_video import write_llava_next_video_checkpoint, write_llava_onevision_checkpoint
+from tests.checkpoints_qwen2_vl import write_qwen2_vl_checkpoint
+from tests.checkpoints_t5 import T5_CONFIGS, write_blip2_t5_checkpoint
+
+import bridgeport.export.checkpoint as export
+from bridgeport.export import export_checkpoint
+from bridgeport.runtime import Pipeline, check_parity
+
+NEW_TOKENS = 5
+# Stage values against PyTorch's, by the RMS of PyTorch's value.
+LIMIT = 5e-5
+
+Write = Callable[[Path], Any]
+
+
+def _lavis(directory: Path) -> None:
+    source = write_blip2_checkpoint(directory.parent / "transformers", text="opt")
+    write_lavis_checkpoint(directory, source)
+
+
+FAST: dict[str, Write] = {
+    "idefics2": write_idefics2_checkpoint,
+    "internvl": write_internvl_checkpoint,
+    "qwen2.5-vl": lambda path: write_qwen2_vl_checkpoint(path, "2.5"),
+    "t5": lambda path: write_blip2_t5_checkpoint(path, **T5_CONFIGS["flan"]),
+    "minigpt4": lambda path: write_minigpt4_checkpoint(path, max_position_embeddings=512),
+    "onevision": write_llava_onevision_checkpoint,
+}
+SLOW: dict[str, Write] = {
+    "idefics2, quarters, odd": lambda path: write_idefics2_checkpoint(path, splitting=True, tie=True, seed=4),
+    "idefics3": write_idefics3_checkpoint,
+    "idefics3, not cut": lambda path: write_idefics3_checkpoint(path, splitting=False, seed=5),
+    "smolvlm": lambda path: write_idefics3_checkpoint(path, smol=True, tie=True, seed=6),
+    "internvl, tied": lambda path: write_internvl_checkpoint(path, tie=True, max_tiles=6, seed=7),
+    "next-video, pictures": write_llava_next_video_checkpoint,
+    "onevision, clip": lambda path: write_llava_onevision_checkpoint(path, tower="clip", layer=-2, seed=8),
+    "qwen2-vl": lambda path: write_qwen2_vl_checkpoint(path, "2"),
+    "qwen2-vl, tied, new names": lambda path: write_qwen2_vl_checkpoint(path, "2", tie=True, names="new", seed=9),
+    "qwen2.5-vl, tied": lambda path: write_qwen2_vl_checkpoint(path, "2.5", tie=True, seed=10),
+    "lavis": _lavis,
+    "minigpt4, odd": lambda path: write_minigpt4_checkpoint(
+        path, image_size=35, patch_size=7, num_query_tokens=7, max_position_embeddings=512
+    ),
+    **{
+        f"t5, {name}": lambda path, name=name: write_blip2_t5_checkpoint(path, **T5_CONFIGS[name])  # type: ignore[misc]
+        for name in T5_CONFIGS
+        if name != "flan"
+    },
+}
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+PICTURES = [picture(40, 90), picture(28, 28, 1), picture(91, 33, 2)]
+PROMPTS = ["", "what is this?", "hi"]
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_every_stage_and_greedy_tokens_equal_transformers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "lint_stages", lambda *_: None)  # takes half the time, and has tests of its own
+    checkpoint = tmp_path / "checkpoint"
+    (FAST | SLOW)[name](checkpoint)
+    bundle = export_checkpoint(checkpoint, tmp_path / "bundle")
+    report = check_parity(bundle, checkpoint, images=PICTURES, prompts=PROMPTS, threads=1, max_new_tokens=NEW_TOKENS)
+    assert report.passed, [(stage.name, stage.isolated.worst, stage.chained.worst) for stage in report.stages]
+    assert report.tokens_match
+    for stage in report.stages:
+        assert stage.isolated.worst.max_rel <= LIMIT, stage.name
+    with Pipeline.load(bundle, threads=1) as pipeline:
+        rows = pipeline.generate(PICTURES, PROMPTS, max_new_tokens=NEW_TOKENS)
+        alone = [pipeline.generate(*one, max_new_tokens=NEW_TOKENS) for one in zip(PICTURES, PROMPTS, strict=True)]
+    assert [row.token_ids for row in rows] == [row.token_ids for row in alone]
+    assert [list(row.token_ids) for row in rows] == [list(case.reference_ids) for case in report.cases]
+    assert len({row.token_ids for row in rows}) > 1, "rows that answer alike prove nothing: choose another seed"
