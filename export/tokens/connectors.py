@@ -76,18 +76,18 @@ class ConnectorReport:
 
 def compare_connectors(
     *,
-    encoders: Sequence[tuple[int, int]] = ENCODERS,
+    encoders: Sequence[tuple[int, int]] | None = None,
     output_width: int = OUTPUT_WIDTH,
     rounds: int = ROUNDS,
     graphs: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[ConnectorReport]:
-    """Every connector of `CONNECTORS` on each of `encoders`, `(tokens, width)`, with random weights.
+    """Every connector of `CONNECTORS` on each of `encoders`, `(tokens, width)` (`ENCODERS`), with random weights.
 
     `rounds`: 0 to time nothing. `graphs`: a directory where they are exported to, to be timed in ONNX Runtime too.
     """
     say = progress or (lambda _: None)
-    for tokens, width in encoders:
+    for tokens, width in encoders or ENCODERS:
         for name, make in CONNECTORS.items():
             say(f"{name} on {tokens} x {width}")
             stage = Stage(lambda make=make, width=width: make(width, output_width), lambda key: key)  # type: ignore[misc]

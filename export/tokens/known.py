@@ -329,6 +329,7 @@ KNOWN: dict[str, KnownModel] = {
                 "max_position_embeddings": 32768,
             },
             "image_token_id": 151_667,
+            "tie_word_embeddings": False,
         },
         image=ImageContract(
             steps=(Resize(height=448, width=448, resample="bicubic"), *_IMAGENET),

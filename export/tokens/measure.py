@@ -30,9 +30,13 @@ _BLOCK = 65_536
 
 @dataclass(frozen=True)
 class Timing:
-    """Median wall time of one call over `rounds` calls behind one that warms up, and who computed."""
+    """Median wall time of one call over `rounds` calls behind one that warms up, and who computed.
+
+    `best_ms`: of the fastest call; on a machine that has other work, the steadier figure.
+    """
 
     ms: float
+    best_ms: float
     rounds: int
     engine: str
 
@@ -46,7 +50,7 @@ def time_calls(call: Callable[[], object], engine: str, rounds: int = ROUNDS) ->
         before = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - before)
-    return Timing(1000.0 * median(seconds), len(seconds), engine)
+    return Timing(1000.0 * median(seconds), 1000.0 * min(seconds), len(seconds), engine)
 
 
 def measure_stage(subject: Subject, stage: str, inputs: Arrays, rounds: int = ROUNDS) -> Timing | None:

@@ -35,12 +35,15 @@ def count_parameters(layout: Layout) -> dict[str, int]:
     A weight that several stages share, or that config ties to another, counts once, where it is met first.
     """
     counts = dict.fromkeys((*VISUAL, "language_model"), 0)
+    # That a T5 has a head of its own, transformers keeps under this name.
+    own_head = getattr(layout.text_config, "scale_decoder_outputs", None) is False
+    tied = {} if own_head else layout.tied
     seen: set[str] = set()
     for name, stage in layout.stages.items():
         part = name if name in VISUAL else "language_model"
         for key, parameter in stage.on_meta().named_parameters():
             stored = stage.checkpoint_name(key)
-            stored = layout.tied.get(stored, stored)
+            stored = tied.get(stored, stored)
             if stored not in seen:
                 seen.add(stored)
                 counts[part] += parameter.numel()

@@ -131,7 +131,6 @@ def _checkpoint(path: Path) -> Subject:
             "`pip install 'bridgeport[export]'`, or give a bundle, which needs neither"
         )
     from ...models.checkpoint import read_layout
-    from ..processor import freeze_image_processor
 
     config, layout = read_layout(path)
     tokenizer = path / "tokenizer.json"
@@ -139,12 +138,21 @@ def _checkpoint(path: Path) -> Subject:
         name=path.name,
         architecture=config.architectures[0],
         source=str(path),
-        image=_in_prompt(freeze_image_processor(path, config), layout),
+        image=_in_prompt(_freeze_image(path, config), layout),
         context=layout.contracts["embed_tokens"].axis("sequence").max if "embed_tokens" in layout.contracts else None,
         contracts=layout.contracts,
         layout=layout,
         tokenizer=tokenizer if tokenizer.is_file() else None,
     )
+
+
+def _freeze_image(path: Path, config: Any) -> ImageContract:
+    """MiniGPT-4's directories have no processor; their pictures are always treated alike."""
+    from ...models.foreign import project
+    from ..foreign import minigpt4_image
+    from ..processor import freeze_image_processor
+
+    return minigpt4_image(config) if project(path) == "minigpt4" else freeze_image_processor(path, config)
 
 
 def _in_prompt(image: ImageContract, layout: Layout) -> ImageContract:

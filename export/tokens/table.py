@@ -94,7 +94,7 @@ def connector_table(connectors: Sequence[ConnectorReport]) -> Table:
     width = connectors[0].output_width
     table = _table(f"Connectors side by side, to width {width}, one picture, random weights", "encoder gives", "")
     engines = list(dict.fromkeys(engine for connector in connectors for engine in connector.latency))
-    for column in ("gives", "fewer", "parameters M", "GFLOPs", *(f"{engine} ms" for engine in engines)):
+    for column in ("gives", "fewer", "parameters M", "GFLOPs", *(f"{engine} ms (best)" for engine in engines)):
         table.add_column(column, justify="right")
     for connector in connectors:
         table.add_row(
@@ -104,7 +104,7 @@ def connector_table(connectors: Sequence[ConnectorReport]) -> Table:
             f"{connector.compression:.1f}x",
             _millions(connector.parameters),
             _billions(connector.flops),
-            *(_ms(connector.latency[engine]) for engine in engines),
+            *(f"{_ms(timing)} ({timing.best_ms:,.1f})" for timing in (connector.latency[engine] for engine in engines)),
         )
     return table
 

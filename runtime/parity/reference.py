@@ -270,7 +270,8 @@ def _use_linear_projector(model: Any, checkpoint: VisionLanguageModel) -> None:
 
     names = {part: f"model.multi_modal_projector.linear_1.{part}" for part in ("weight", "bias")}
     state = checkpoint.weights.read(names.values())
-    projector = nn.Linear(*reversed(state[names["weight"]].shape))
+    out_width, in_width = state[names["weight"]].shape
+    projector = nn.Linear(in_width, out_width)
     projector.load_state_dict({part: state[name] for part, name in names.items()})
     model.model.multi_modal_projector = projector
 
