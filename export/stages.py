@@ -19,7 +19,7 @@ from .graph import OPSET, trace_and_save
 from .lint import lint_graphs
 from .llm import export_llm
 from .llm.check import check_decoder, make_ragged_batches
-from .llm.export import decoder_shapes
+from .llm.export import LlmGraph, decoder_shapes
 from .memory import release_memory
 from .options import toolchain
 from .passes import PassResult
@@ -116,6 +116,7 @@ def _export_attention(
 def export_decoder(
     model: VisionLanguageModel, cache: KvCacheContract, staging: Path, precision: str, say: Progress
 ) -> ExportedStage:
+    """Export the language model of one decoder, and hold it against PyTorch."""
     contract, path = model.contracts["llm"], staging / stage_file("llm")
     say(f"llm: exporting ({precision})")
     graph = export_llm(model, contract, path, precision=precision)
@@ -127,22 +128,34 @@ def export_decoder(
     del llm
     release_memory()
     say("llm: checking")
-    shapes = decoder_shapes(contract, cache)
-    checks = check_structure(path, shapes, stage="llm", opset=graph.opset, layer_norms=None, standard=False)
-    checks["onnxruntime"] = check_decoder(path, batches, cache, precision=precision)
+    equality = check_decoder(path, batches, cache, precision=precision)
+    release_memory()
+    return record_built_stage(model, "llm", path, graph, equality, precision)
+
+
+def record_built_stage(
+    model: VisionLanguageModel, name: str, path: Path, graph: LlmGraph, equality: dict[str, Any], precision: str
+) -> ExportedStage:
+    """The record of a part of the language model, whose graph lies at `path`; its structure is checked.
+
+    ``equality``: what comparing it with PyTorch found. Raises ExportError for a graph that misses a check.
+    """
+    contract = model.contracts[name]
+    cache = model.kv_cache if name == "llm" else None
+    shapes = contract_shapes(contract) if cache is None else decoder_shapes(contract, cache)
+    standard = cache is None and precision == "fp32"
+    checks = check_structure(path, shapes, stage=name, opset=graph.opset, layer_norms=None, standard=standard)
+    checks["onnxruntime"] = equality
     checks["passes"] = _texts(graph.passes)
     checks["builder"] = graph.builder
-    release_memory()
-    record = StageRecord.model_validate(
-        {
-            "contract": contract,
-            "file": stage_file("llm"),
-            "precision": precision,
-            "opset": graph.opset,
-            "toolchain": _toolchain(),
-        }
-    )
-    return ExportedStage(record, checks)
+    record = {
+        "contract": contract,
+        "file": stage_file(name),
+        "precision": precision,
+        "opset": graph.opset,
+        "toolchain": _toolchain(),
+    }
+    return ExportedStage(StageRecord.model_validate(record), checks)
 
 
 def lint_stages(stages: list[ExportedStage], staging: Path) -> None:

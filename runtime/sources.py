@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from ..errors import InputError
 from ..image_contract import Frames
 from ..manifest import ImageContract, Manifest, PromptContract
@@ -23,17 +21,10 @@ class Video:
     """A video, which may stand wherever a picture may.
 
     `source`: an animated GIF, WebP or PNG (a file, or opened by Pillow), a directory of frames in the order of their
-    names, or a list of pictures. It is read when it is used. Raises InputError for anything else.
+    names, or a list of pictures. It is looked at, and refused for anything else, when it is used.
     """
 
     source: VideoSource
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, str | Path | Image.Image | list | tuple):
-            raise InputError(
-                f"a video is a {type(self.source).__name__}; accepted is an animated picture, a directory of frames, "
-                "or a list of pictures"
-            )
 
     def frames(self) -> VideoSource:
         """What `load_video` takes: `source`, or the files of the directory, hidden ones left out."""

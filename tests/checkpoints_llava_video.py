@@ -66,8 +66,10 @@ def write_llava_onevision_checkpoint(
         "size": {"height": size, "width": size},
         "do_sample_frames": False,
     }
+    # The processor takes one off for CLIP's class token.
+    count = side * side + (select == "default")
     write_processor(
-        directory, "LlavaOnevisionProcessor", images, tokenizer, chat_template, num_image_tokens=side * side,
+        directory, "LlavaOnevisionProcessor", images, tokenizer, chat_template, num_image_tokens=count,
         vision_feature_select_strategy=select, vision_aspect_ratio=ratio, video_processor=frames,
     )  # fmt: skip
     return _save(t.LlavaOnevisionForConditionalGeneration(config), directory, seed)

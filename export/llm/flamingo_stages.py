@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...manifest import StageRecord
 from ...models.contract import KvCacheContract
 from ...models.flamingo_contract import FlamingoContract
-from ..checks import check_structure
 from ..memory import release_memory
-from ..options import toolchain
-from ..stages import ExportedStage, Progress, contract_shapes, stage_file
-from .export import LlmGraph, decoder_shapes
+from ..stages import ExportedStage, Progress, record_built_stage, stage_file
+from .export import LlmGraph
 from .flamingo import check_flamingo, export_cross_kv, export_flamingo_decoder
 from .flamingo_check import Batches, check_cross_kv, check_flamingo_decoder, make_flamingo_batches
 
@@ -44,8 +40,8 @@ def export_flamingo(
     say("cross_kv and llm: checking")
     equal = check_flamingo_decoder(decoder, batches, cache, contract, precision=precision)
     return [
-        _stage(model, "cross_kv", cross, graphs[0], check_cross_kv(cross, batches, contract), "fp32"),
-        _stage(model, "llm", decoder, graphs[1], equal, precision),
+        record_built_stage(model, "cross_kv", cross, graphs[0], check_cross_kv(cross, batches, contract), "fp32"),
+        record_built_stage(model, "llm", decoder, graphs[1], equal, precision),
     ]
 
 
@@ -73,23 +69,3 @@ def _run_pytorch(model: VisionLanguageModel, contract: FlamingoContract, quantiz
     cross_kv: Any = model.load_stage("cross_kv")
     decoder: Any = model.load_stage("llm")
     return make_flamingo_batches(cross_kv, decoder, contract, quantized=quantized)
-
-
-def _stage(
-    model: VisionLanguageModel, name: str, path: Path, graph: LlmGraph, equality: dict[str, Any], precision: str
-) -> ExportedStage:
-    contract = model.contracts[name]
-    cache = model.kv_cache if name == "llm" else None
-    shapes = contract_shapes(contract) if cache is None else decoder_shapes(contract, cache)
-    checks = check_structure(path, shapes, stage=name, opset=graph.opset, layer_norms=None, standard=cache is None)
-    checks["onnxruntime"] = equality
-    checks["passes"] = {result.name: result.as_text() for result in graph.passes}
-    checks["builder"] = graph.builder
-    record = {
-        "contract": contract,
-        "file": stage_file(name),
-        "precision": precision,
-        "opset": graph.opset,
-        "toolchain": {"python": platform.python_version(), **toolchain()},
-    }
-    return ExportedStage(StageRecord.model_validate(record), checks)

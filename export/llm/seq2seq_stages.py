@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError
-from ...manifest import StageRecord
 from ...models.contract import KvCacheContract
 from ...models.seq2seq_contract import Seq2SeqContract
 from ...models.t5 import t5_seq2seq
-from ..checks import check_structure
 from ..memory import release_memory
-from ..options import toolchain
-from ..stages import ExportedStage, contract_shapes, stage_file
-from .export import LlmGraph, decoder_shapes
+from ..stages import ExportedStage, record_built_stage, stage_file
+from .export import LlmGraph
 from .seq2seq import export_llm_decoder, export_llm_encoder
 from .seq2seq_check import Batches, check_llm_decoder, check_llm_encoder, make_seq2seq_batches
 
@@ -47,7 +43,7 @@ def export_seq2seq(
     say("llm_encoder and llm: checking")
     cross = seq2seq.cross_cache
     return (
-        _stage(
+        record_built_stage(
             model,
             "llm_encoder",
             encoder,
@@ -55,7 +51,7 @@ def export_seq2seq(
             check_llm_encoder(encoder, batches, cross, precision=precision),
             precision,
         ),
-        _stage(
+        record_built_stage(
             model,
             "llm",
             decoder,
@@ -91,24 +87,3 @@ def _run_pytorch(model: VisionLanguageModel, quantized: tuple[Path, Path] | None
     decoder: Any = model.load_stage("llm")
     embed_tokens = model.load_stage("embed_tokens")
     return make_seq2seq_batches(embed_tokens, encoder, decoder, model.text_config, quantized=quantized)
-
-
-def _stage(
-    model: VisionLanguageModel, name: str, path: Path, graph: LlmGraph, equality: dict[str, Any], precision: str
-) -> ExportedStage:
-    contract = model.contracts[name]
-    cache = model.kv_cache if name == "llm" else None
-    shapes = contract_shapes(contract) if cache is None else decoder_shapes(contract, cache)
-    standard = cache is None and precision == "fp32"
-    checks = check_structure(path, shapes, stage=name, opset=graph.opset, layer_norms=None, standard=standard)
-    checks["onnxruntime"] = equality
-    checks["passes"] = {result.name: result.as_text() for result in graph.passes}
-    checks["builder"] = graph.builder
-    record = {
-        "contract": contract,
-        "file": stage_file(name),
-        "precision": precision,
-        "opset": graph.opset,
-        "toolchain": {"python": platform.python_version(), **toolchain()},
-    }
-    return ExportedStage(StageRecord.model_validate(record), checks)

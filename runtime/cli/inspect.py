@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ...bundle import Bundle
-    from ...manifest import PromptContract, ScoreContract, StageRecord
+    from ...manifest import ImageContract, PromptContract, ScoreContract, StageRecord
     from ...models.contract import TensorSpec
 
 
@@ -64,9 +64,9 @@ def _print(bundle: Bundle) -> None:
             f"\nKV cache   {cache.num_layers} layers x {cache.num_heads} heads x {cache.head_size}, {cache.dtype}, "
             f"{'one shared buffer' if cache.shared_buffer else 'past and present apart'}"
         )
-    tiling = " ".join(f"{key}={value}" for key, value in manifest.image.tiling.model_dump().items() if key != "kind")
-    console.print(f"picture    RGB, {manifest.image.tiling.kind} ({tiling})", soft_wrap=True, highlight=False)
-    console.print("tile       " + ", ".join(_step(step.model_dump()) for step in manifest.image.steps), soft_wrap=True)
+    _print_contract(console, "picture", manifest.image)
+    if manifest.video is not None:
+        _print_contract(console, "video", manifest.video)
     if manifest.reduction is not None:
         console.print(f"reduced    {manifest.reduction}: the connector gives fewer tokens than the checkpoint's")
     if manifest.custom_connector is not None:
@@ -103,6 +103,12 @@ def _prompt(prompt: PromptContract) -> str:
     ]
     with_images = any(segment.kind == "text" and "{images}" in segment.template for segment in prompt.segments)
     return " + ".join(parts) + (f", each picture {picture!r}" if with_images else "")
+
+
+def _print_contract(console: Console, name: str, contract: ImageContract) -> None:
+    tiling = " ".join(f"{key}={value}" for key, value in contract.tiling.model_dump().items() if key != "kind")
+    console.print(f"{name:<10} RGB, {contract.tiling.kind} ({tiling})", soft_wrap=True, highlight=False)
+    console.print("tile       " + ", ".join(_step(step.model_dump()) for step in contract.steps), soft_wrap=True)
 
 
 def _print_stage(console: Console, bundle: Bundle, record: StageRecord) -> None:

@@ -38,6 +38,8 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the picture")
+    if not isinstance(source, str | Path):
+        raise InputError(f"a picture is a {type(source).__name__}; accepted is a path or a Pillow picture")
     path = Path(source)
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,8 +56,6 @@ def load_picture(source: Any, contract: ImageContract) -> Image.Image | list[Ima
         from .tiling.frames import load_video
 
         return load_video(source, contract.tiling)
-    if not isinstance(source, str | Path | Image.Image):
-        raise InputError(f"a picture is a {type(source).__name__}; accepted is a path or a Pillow picture")
     return load_image(source)
 
 

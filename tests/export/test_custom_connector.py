@@ -90,7 +90,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_worked_example(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_llava_checkpoint(tmp_path / "llava")
+    write_llava_checkpoint(tmp_path / "llava", vision={"num_hidden_layers": 2}, text={"num_hidden_layers": 1})
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(blocks()[1], str(PAGE), "exec"), {})

@@ -25,7 +25,7 @@ from bridgeport.cli import main
 from bridgeport.errors import InputError
 from bridgeport.export import export_checkpoint
 from bridgeport.export.checkpoint_processor import load_processor
-from bridgeport.runtime import Pipeline, Video
+from bridgeport.runtime import Pipeline, Video, check_parity
 from bridgeport.runtime.parity.metrics import compare
 from bridgeport.runtime.sources import order_group, prepare_source
 
@@ -205,7 +205,7 @@ def test_pictures_and_videos_together(chain: Chain) -> None:
         reference.generate([clip, second], "which?"),
         reference.generate([photo], "which?"),
     ]
-    rows = [[Video(clip), photo], [Video(clip), Video(second)], [photo]]
+    rows: list[list[Any]] = [[Video(clip), photo], [Video(clip), Video(second)], [photo]]
     assert tokens(pipeline, rows, "which?") == expected
     # The chat template has pictures first, whatever their order.
     assert tokens(pipeline, [[photo, Video(clip)]], "which?") == expected[:1]
@@ -226,7 +226,8 @@ def test_marks_say_where_pictures_and_videos_stand(chain: Chain) -> None:
         text=[f"USER: {text} ASSISTANT:"], images=[[picture()]], videos=[film(2)], return_tensors="pt"
     )["input_ids"][0]
     prompt = "first {image} then {image}?"
-    made = pipeline.prepare([[Video(film(2)), picture()]], prompt, interleave=True)
+    group: list[Any] = [Video(film(2)), picture()]
+    made = pipeline.prepare([group], prompt, interleave=True)
     assert made.input_ids[0].tolist() == wanted.tolist()
     assert [one.video for one in made.pictures[0]] == [True, False]
 
@@ -274,13 +275,15 @@ def test_what_is_no_video_is_named(chain: Chain, tmp_path: Path) -> None:
         (tmp_path, "holds 0 frames of a video; put at least one picture there"),
         (tmp_path / "none.gif", r"none\.gif does not exist"),
         ([picture(), 3], "a frame is a int"),
+        (3, "a video is a int; accepted is an animated picture, a directory of frames, or a list"),
     ]
     for source, message in cases:
         with pytest.raises(InputError, match=message) as caught:
             pipeline.generate(Video(source), "")
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="a video is a int; accepted is an animated picture, a directory"):
-        Video(3)  # type: ignore[arg-type]
+    checkpoint, clip = chain[0], Video(film(1))
+    with pytest.raises(InputError, match="a picture is a Video; accepted is a path or a Pillow picture"):
+        check_parity(pipeline.bundle, checkpoint, images=[clip])  # type: ignore[list-item]
 
 
 def test_bundles_that_take_no_videos_or_nothing_else(chain: Chain) -> None:

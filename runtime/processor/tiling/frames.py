@@ -39,6 +39,11 @@ def load_video(source: VideoSource, tiling: Frames) -> list[Image.Image]:
             return _film_frames(film, tiling, str(source))
     if isinstance(source, Image.Image):
         return _film_frames(source, tiling, "the video")
+    if not isinstance(source, Sequence):
+        raise InputError(
+            f"a video is a {type(source).__name__}; accepted is an animated picture, a directory of frames, or a list "
+            "of pictures"
+        )
     for frame in source:
         if not isinstance(frame, str | Path | Image.Image):
             raise InputError(f"a frame is a {type(frame).__name__}; accepted is a path or a Pillow picture")
