@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..models.registry import refuse_remote_code
 from .processor_of_frames import load_for_frames, takes_frames
 from .processor_without_video import load_without_video, takes_videos
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# Without `trust_remote_code` transformers asks on the terminal whether to run a checkpoint's own Python.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -22,7 +26,7 @@ def load_tokenizer(path: Path) -> Any:
 
     make: Any = AutoTokenizer
     _need_one_of(path, TOKENIZER_FILES, "tokenizer")
-    tokenizer = _load(path, "tokenizer", lambda: make.from_pretrained(path, local_files_only=True))
+    tokenizer = _load(path, "tokenizer", lambda: make.from_pretrained(path, **LOCAL))
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(
             f"{path}: the tokenizer has no tokenizer.json form; save it with a fast tokenizer of transformers"
@@ -36,7 +40,7 @@ def load_image_processor(path: Path) -> Any:
 
     make: Any = AutoImageProcessor
     _need_one_of(path, IMAGE_PROCESSOR_FILES, "image processor")
-    return _load(path, "image processor", lambda: make.from_pretrained(path, backend="pil", local_files_only=True))
+    return _load(path, "image processor", lambda: make.from_pretrained(path, backend="pil", **LOCAL))
 
 
 def load_processor(path: Path) -> Any:
@@ -51,7 +55,7 @@ def load_processor(path: Path) -> Any:
     if takes_videos(path):
         parts = load_image_processor(path), load_tokenizer(path)
         return _load(path, "processor", lambda: load_without_video(path, *parts))
-    return _load(path, "processor", lambda: make.from_pretrained(path, backend="pil", local_files_only=True))
+    return _load(path, "processor", lambda: make.from_pretrained(path, backend="pil", **LOCAL))
 
 
 def image_token_text(path: Path, tokenizer: Any, image_token_id: int) -> str:
@@ -83,11 +87,26 @@ def quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _refuse_code(path: Path) -> None:
+    """UnsupportedError where a file of the tokenizer or processor asks for code from the checkpoint's directory.
+
+    Only after they failed to load: where transformers has the class itself, it loads, and that request is void.
+    """
+    for file in (path / name for name in (*IMAGE_PROCESSOR_FILES, "tokenizer_config.json")):
+        try:
+            raw = json.loads(file.read_bytes())
+        except (OSError, ValueError):
+            continue  # the caller says why the file does not load
+        if isinstance(raw, dict):
+            refuse_remote_code(str(file), raw)
+
+
 def _load(path: Path, what: str, load: Callable[[], Any]) -> Any:
     try:
         with quiet_transformers():
             return load()
     except Exception as error:
+        _refuse_code(path)
         # transformers, tokenizers and json raise what they like for a file that they cannot take.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: the {what} does not load ({reason[:200]}); copy its files again") from error

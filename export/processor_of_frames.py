@@ -52,7 +52,7 @@ def load_for_frames(path: Path, tokenizer: Any) -> Any:
 
     pictures = _picture_processor(read_video_processor(path, MODEL_TYPE))
     make: Any = AutoTokenizer
-    instruction = make.from_pretrained(path / INSTRUCTION_TOKENIZER, local_files_only=True)
+    instruction = make.from_pretrained(path / INSTRUCTION_TOKENIZER, local_files_only=True, trust_remote_code=False)
     kind = without_video_check(InstructBlipVideoProcessor)
     settings, _ = kind.get_processor_dict(str(path), local_files_only=True)
     processor = kind.from_args_and_dict([FrameProcessor(pictures), tokenizer, instruction], settings)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,7 +119,8 @@ def load_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> VisionLa
     layout = _lay_out(directory, family, architecture, config, raw.get(KEY))
     stored = open_weights(directory, allow_pickle=allow_pickle) if foreign is None else foreign.weights
     weights = layout.canonical(stored)
-    layout.check(weights, str(directory))
+    with _blame_config(f"{directory}: "):
+        layout.check(weights, str(directory))
     described_by = (directory / CONFIG,) if foreign is None else foreign.files
     return VisionLanguageModel(directory, architecture, config, layout, weights, described_by)
 
@@ -192,7 +195,21 @@ def _make_config(directory: Path, raw: dict[str, Any], family: Family) -> Any:
 def _lay_out(directory: Path, family: Family, architecture: str, config: Any, connector: Any) -> Layout:
     """`connector`: what config.json names in the place of the architecture's own, None for nothing."""
     try:
-        layout = family.layout(architecture)(config)
+        with _blame_config():
+            layout = family.layout(architecture)(config)
         return layout if connector is None else replace_connector(layout, connector, architecture, config)
     except (CheckpointError, UnsupportedError) as error:
         raise type(error)(f"{directory}: {error}") from error
+
+
+@contextmanager
+def _blame_config(where: str = "") -> Iterator[None]:
+    """CheckpointError for values of config.json of which torch and transformers make no module."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{where}config.json describes a model that cannot be built ({type(error).__name__}: {reason}); correct "
+            "the value, or give a checkpoint of a model that is read"
+        ) from error

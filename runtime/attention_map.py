@@ -55,7 +55,8 @@ def check_attention_graph(bundle: Bundle) -> None:
     """Raise UnsupportedError when `bundle` cannot say where its queries look."""
     if VARIANT not in bundle.manifest.stage("connector").variants:
         raise UnsupportedError(
-            f"{bundle.path} has no attention graph for its connector; export the checkpoint again to get one"
+            f"{bundle.path} ({bundle.manifest.model_kind}) has no attention graph: only a Q-Former's queries have "
+            "attention to draw; export such a checkpoint (again, if this one has a Q-Former)"
         )
 
 

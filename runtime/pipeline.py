@@ -26,7 +26,7 @@ from .processor import PictureTensors, decode, load_tokenizer, tokenize_prompt
 from .processor.instruction import InstructionTokenizer
 from .sampling import Sampler, SamplingOptions, SamplingParams
 from .seq2seq import Seq2SeqDecoder, seq2seq_token_limits
-from .sources import as_list, group_sources, is_one, order_group, prepare_groups, prepare_source
+from .sources import as_list, as_texts, group_sources, is_one, order_group, prepare_groups, prepare_source, some_of
 from .stream import RunningBatch, TextStream
 from .vision import VisionChain
 
@@ -103,8 +103,7 @@ class Pipeline:
         `prompt`: what a connector reads that takes instructions (InstructBLIP); to others it makes no difference.
         Raises InputError for pictures that give different numbers `T` of tokens: pass those one by one.
         """
-        pictures = [self.instruct(self.prepare_picture(source), prompt) for source in as_list(images)]
-        features = self._features(pictures)
+        features = self._features(self._instructed(images, prompt))
         if len({len(rows) for rows in features}) > 1:
             raise InputError(
                 f"the pictures give {[len(rows) for rows in features]} tokens, which are no one array; "
@@ -183,7 +182,7 @@ class Pipeline:
 
         Raises InputError for what is no picture or prompt, and for lists that do not pair up.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = as_texts(prompts)
         groups = [
             order_group(group, self.prompt, interleave=interleave) for group in group_sources(images, self.manifest)
         ]
@@ -263,7 +262,7 @@ class Pipeline:
         """
         from .attention_map import load_attention_engine
 
-        pictures = [self.instruct(self.prepare_picture(source), prompt) for source in as_list(images)]
+        pictures = self._instructed(images, prompt)
         self._check_batch(len(pictures))
         inputs = {"image_embeds": np.concatenate(self.vision.encode(pictures))}
         with load_attention_engine(self.bundle, self.options) as engine:
@@ -353,6 +352,9 @@ class Pipeline:
             return picture
         tiles = len(picture.tensors["pixel_values"])
         return replace(picture, tensors={**picture.tensors, **self.instruction.tensors(prompt, tiles)})
+
+    def _instructed(self, images: Picture | Sequence[Picture], prompt: str) -> list[PictureTensors]:
+        return [self.instruct(self.prepare_picture(source), prompt) for source in some_of(images)]
 
     def _instruct_rows(
         self, rows: Sequence[Sequence[PictureTensors]], prompts: Sequence[str]

@@ -65,18 +65,25 @@ def _video_contract(manifest: Manifest) -> ImageContract:
 
 
 def group_sources(images: Any, manifest: Manifest) -> list[list[Any]]:
-    """The pictures of each prompt. With a model of videos alone, a list in the list is one video, frame by frame."""
+    """The pictures of each prompt. With a model of videos alone, a list of frames is one video."""
     if images is None:
         return [[]]
     sources = as_list(images)
     if not sources:
         raise InputError("no picture came; give at least one, or None for a prompt without pictures")
     nested = [not is_one(source) for source in sources]
-    if isinstance(manifest.image.tiling, Frames) or not any(nested):
+    if isinstance(manifest.image.tiling, Frames):
+        # A list of `Video`s is the group of a prompt; any other list is the frames of one video.
+        return [list(source) if _holds_videos(source) else [source] for source in sources]
+    if not any(nested):
         return [[source] for source in sources]
     if not all(nested):
         raise InputError("pictures and lists of pictures came mixed; give a list of pictures for each prompt")
     return [list(source) for source in sources]
+
+
+def _holds_videos(source: Any) -> bool:
+    return not is_one(source) and any(isinstance(one, Video) for one in source)
 
 
 def order_group(group: Sequence[Any], prompt: PromptContract, *, interleave: bool) -> list[Any]:
@@ -120,3 +127,19 @@ def is_one(images: Any) -> bool:
 def as_list(images: Any) -> list[Any]:
     """One picture as a list of one."""
     return [images] if is_one(images) else list(images)
+
+
+def some_of(images: Any) -> list[Any]:
+    """As `as_list`; InputError for an empty list."""
+    if not (sources := as_list(images)):
+        raise InputError("no picture came; give at least one")
+    return sources
+
+
+def as_texts(prompts: Any) -> list[Any]:
+    """One prompt as a list of one. Raises InputError for no prompt at all, and for what is neither str nor sequence."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else None
+    if not texts:
+        came = "an empty list" if texts is not None else f"a {type(prompts).__name__}"
+        raise InputError(f'the prompt is {came}; accepted is a string ("" captions) or a list of at least one')
+    return texts

@@ -48,10 +48,13 @@ def stage_bytes(bundle: Bundle, record: StageRecord) -> int:
 
 def _print(bundle: Bundle) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     manifest = bundle.manifest
     console = Console()
-    console.print(f"[bold]{bundle.path}[/]  {manifest.model_kind}, for {manifest.target}, every file verified")
+    console.print(
+        f"[bold]{escape(str(bundle.path))}[/]  {manifest.model_kind}, for {manifest.target}, every file verified"
+    )
     console.print(
         f"made by bridgeport {manifest.bridgeport_version} from {manifest.checkpoint.architecture} "
         f"(text model {manifest.checkpoint.text_model_type})"

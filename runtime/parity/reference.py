@@ -255,7 +255,8 @@ def _load(checkpoint: Path, architecture: str) -> tuple[Any, Any]:
         if takes_videos(checkpoint) or takes_frames(checkpoint):
             processor = load_processor(checkpoint)
         else:
-            processor = make_processor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+            options = {"local_files_only": True, "trust_remote_code": False}
+            processor = make_processor.from_pretrained(checkpoint, backend="pil", **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"transformers cannot load {checkpoint} ({' '.join(str(error).split())[:200]}); give the directory that "

@@ -123,7 +123,7 @@ class ScoreReference:
         try:
             with _quiet_transformers():
                 model = make.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True, **options)
-                processor = processors.from_pretrained(checkpoint, backend="pil", **options)
+                processor = processors.from_pretrained(checkpoint, backend="pil", trust_remote_code=False, **options)
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"transformers cannot load {checkpoint} ({' '.join(str(error).split())[:200]}); give the directory "

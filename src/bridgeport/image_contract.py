@@ -98,7 +98,7 @@ class Split(Record):
 
 
 class Padded(Record):
-    """Idefics2: the aspect ratio kept as far as both edges fit; zeros up to the largest of the batch, masked.
+    """Idefics2: the aspect ratio kept as far as both edges fit; zeros up to its largest tile, masked.
 
     No edge is longer than `longest_edge` or shorter than `shortest_edge`. With `splitting` the four quarters come
     first. `tokens` features (latents) stand for a tile, between two `boundary`; neighbours share one.

@@ -35,3 +35,12 @@ def test_inspect_json_is_the_manifest_and_sizes_add_up(small_bundle: Path, capsy
     ]
     graphs = sum(file["size"] for file in document["files"] if ".onnx" in file["path"])
     assert sum(stage["bytes"] for stage in document["stages"]) == graphs
+
+
+def test_inspect_shows_a_path_with_brackets_as_it_is(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "[bold] bundle").symlink_to(small_bundle)
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "[bold] bundle"]) == 0
+    assert "[bold] bundle" in capsys.readouterr().out

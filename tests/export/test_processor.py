@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
 from bridgeport.errors import BridgeportError, CheckpointError, ExportError, UnsupportedError
+from bridgeport.export.checkpoint_processor import load_image_processor, load_processor
 from bridgeport.export.processor import (
     check_frozen_processor,
     freeze_generation,
@@ -332,3 +333,21 @@ def test_what_cannot_be_frozen_is_named(blip2_checkpoint: Checkpoints, tmp_path:
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_code_of_a_processor_is_not_run(
+    blip2_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """transformers would ask on the terminal and run it for a "y"."""
+    checkpoint = copy_of(blip2_checkpoint("llama"), tmp_path / "checkpoint")
+    for file in checkpoint.glob("*processor_config.json"):
+        file.unlink()
+    kinds = {"processor_class": "Theirs", "image_processor_type": "Theirs"}
+    auto_map = {"AutoProcessor": "theirs.Theirs", "AutoImageProcessor": "theirs.Theirs"}
+    (checkpoint / name).write_text(json.dumps(kinds | {"auto_map": auto_map}))
+    (checkpoint / "theirs.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (load_processor, load_image_processor):
+        with pytest.raises(UnsupportedError, match=rf"{name}: auto_map asks to run Python code"):
+            load(checkpoint)

@@ -123,6 +123,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: edit_weights(p, lambda s: s.update({"query_tokens": torch.zeros(1, 4, 24, dtype=torch.int8)})),
         r"tensor query_tokens is stored as I8; accepted are F32, F16, BF16",
     ),
+    "patches of no size": (
+        lambda p: edit_config(p, **{"vision_config.patch_size": 0}),
+        r"config\.json describes a model that cannot be built \(ZeroDivisionError: .*correct the value",
+    ),
+    "unknown activation": (
+        lambda p: edit_config(p, **{"vision_config.hidden_act": "nope"}),
+        r"config\.json describes a model that cannot be built \(KeyError: 'nope'\)",
+    ),
 }
 
 

@@ -32,6 +32,7 @@ from bridgeport.models import load_checkpoint
 from bridgeport.runtime import Pipeline, check_parity
 from bridgeport.runtime.parity.check import make_cases
 from bridgeport.runtime.processor.instruction import InstructionTokenizer
+from bridgeport.runtime.sources import Video
 
 NEW_TOKENS = 6
 # Stage values against PyTorch's, by the RMS of PyTorch's value.
@@ -243,6 +244,31 @@ def test_a_film_is_its_frames(
     for arguments in (["--image", str(film)], [*(f"--image={file}" for file in files), "--together"]):
         assert main([*shared, *arguments]) == 0
         assert json.loads(capsys.readouterr().out)["token_ids"] == list(want.token_ids)
+
+
+def test_videos_by_their_own_name(
+    video_chain: tuple[Path, Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`Video` and `--video` say what is meant; a model of videos alone takes them as it takes bare frames."""
+    _, pipeline = video_chain
+    videos = [[noise(40, 30, 10 * video + frame) for frame in range(FRAMES)] for video in range(2)]
+    want = [row.token_ids for row in pipeline.generate(videos, "what?", max_new_tokens=NEW_TOKENS)]
+    rows = pipeline.generate([[Video(frames)] for frames in videos], "what?", max_new_tokens=NEW_TOKENS)
+    assert [row.token_ids for row in rows] == want
+    with pipeline.stream(Video(videos[0]), "what?", max_new_tokens=NEW_TOKENS) as pieces:
+        assert "".join(pieces) == rows[0].text
+    with pytest.raises(InputError, match="2 pictures came for one prompt; this model takes at most 1"):
+        pipeline.generate([[Video(frames) for frames in videos]], "what?")
+    for number, frames in enumerate(videos):
+        (tmp_path / str(number)).mkdir()
+        for index, frame in enumerate(frames):
+            frame.save(tmp_path / str(number) / f"{index}.png")
+    folders = [f"--video={tmp_path / str(number)}" for number in range(2)]
+    shared = ["run", str(pipeline.bundle.path), "--prompt", "what?", "--max-new-tokens", str(NEW_TOKENS)]
+    assert main([*shared, *folders, "--json"]) == 0
+    assert [tuple(row["token_ids"]) for row in json.loads(capsys.readouterr().out)["results"]] == want
+    assert main([*shared, folders[0]]) == 0
+    assert capsys.readouterr().out == rows[0].text + "\n"
 
 
 def test_more_frames_than_one_call_takes(video_chain: tuple[Path, Pipeline]) -> None:

@@ -235,6 +235,8 @@ def test_the_whole_context_can_be_used(pipeline: Pipeline, reference: Transforme
         (pictures(1)[0], ["a"] * 65, "65 rows came, the bundle takes at most 64"),
         ("/no/such.png", "a", "/no/such.png does not exist"),
         (pictures(1)[0], [7], "a prompt must be a string"),
+        (pictures(1)[0], [], "the prompt is an empty list; accepted is a string"),
+        (pictures(1)[0], None, "the prompt is a NoneType; accepted is a string"),
         ([pictures(2)], "a", "2 pictures came for one prompt; this model takes at most 1"),
         ([pictures(1), pictures(1)[0]], "a", "pictures and lists of pictures came mixed"),
         (None, "a", "no picture came, and this model takes no prompt without one"),
@@ -247,6 +249,8 @@ def test_the_whole_context_can_be_used(pipeline: Pipeline, reference: Transforme
         "too many prompts",
         "file",
         "prompt",
+        "no prompts",
+        "no prompt",
         "two in one prompt",
         "mixed",
         "text only",
@@ -255,6 +259,12 @@ def test_the_whole_context_can_be_used(pipeline: Pipeline, reference: Transforme
 def test_bad_input(llama: Pipeline, images: Any, prompt: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         llama.generate(images, prompt)
+
+
+def test_no_picture_to_encode(llama: Pipeline) -> None:
+    for call in (llama.encode, llama.cross_attention):
+        with pytest.raises(InputError, match="no picture came; give at least one"):
+            call([])
 
 
 def test_bad_options(llama: Pipeline, blip2_bundle: GetPath) -> None:

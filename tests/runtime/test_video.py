@@ -171,7 +171,7 @@ def build(root: Path, kind: str, **options: Any) -> Path:
 def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """Checkpoint and loaded bundle."""
     root = tmp_path_factory.mktemp(request.param)
-    checkpoint = build(root, request.param)
+    checkpoint = build(root, request.param, vision={"num_hidden_layers": 2})
     with Pipeline.load(root / "bundle", threads=1) as pipeline:
         yield checkpoint, pipeline
 

@@ -1,4 +1,4 @@
-"""Idefics2: pictures of any shape, padded to the batch's largest; a mask says what is picture.
+"""Idefics2: pictures of any shape; tiles are padded to the picture's largest, and a mask says what is picture.
 
 Sizes and texts are those of transformers' `Idefics2ImageProcessorPil` and `Idefics2Processor`.
 """
@@ -21,9 +21,9 @@ from ..picture import PictureTensors
 def prepare(image: Image.Image, contract: ImageContract, tiling: Padded) -> PictureTensors:
     """`pixel_values` `[tiles, 3, H, W]` float32, 0 outside the tile; `pixel_attention_mask` `[tiles, H, W]` int64.
 
-    H and W are those of the picture's largest tile; whoever makes a batch pads further, with zeros, to those of the
-    largest picture. The last patch of an edge that is no multiple of the patch size is seen only when another picture
-    is larger, so a picture's features depend a little on its company: in transformers as well.
+    H and W are those of the picture's largest tile. No further padding: the last patch of an edge that is no multiple
+    of the patch size would be seen then, and a picture's features depend on its company, as in transformers. Pictures
+    of different sizes run apart (`runtime/vision.py`).
 
     Raises InputError for a picture under 2x2 pixels that is to be cut in quarters.
     """
