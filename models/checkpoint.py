@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -184,12 +185,29 @@ def _make_config(directory: Path, raw: dict[str, Any], family: Family) -> Any:
 
     config_class: Any = getattr(transformers, family.config_class)
     try:
-        config = config_class.from_dict(raw)
+        config = config_class.from_dict(copy.deepcopy(raw))  # it writes into what it gets
     except Exception as error:
         # transformers validates with exceptions of several libraries; each means that the file is wrong.
         reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 200 else f"{reason[:197]}..."
         raise CheckpointError(f"{directory / CONFIG} is not a valid config ({reason}); correct it") from error
+    _check_vision_tower(directory, raw, config)
     return config
+
+
+def _check_vision_tower(directory: Path, raw: dict[str, Any], config: Any) -> None:
+    """transformers builds a family's own vision tower whatever config.json names; say so instead of misreading it."""
+    part = raw.get("vision_config")
+    named = part.get("model_type") if isinstance(part, dict) else None
+    built = getattr(type(getattr(config, "vision_config", None)), "model_type", None)
+    if not isinstance(named, str) or not isinstance(built, str):
+        return
+    family: str = raw["model_type"].replace("-", "_")
+    if not (named.startswith((family, built)) or built.startswith(named)):
+        raise UnsupportedError(
+            f"{directory / CONFIG}: the vision tower is a {named!r}; supported is {built!r}, the only one that a "
+            f"{raw['model_type']} model has"
+        )
 
 
 def _lay_out(directory: Path, family: Family, architecture: str, config: Any, connector: Any) -> Layout:

@@ -6,11 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from .contract import Axis, KvCacheContract, StageContract, TensorSpec
 from .stages import Stage
 
 MAX_BATCH = 64
+# What `export.llm` has a builder for; T5 and Idefics bring stages of their own.
+TEXT_MODELS = (
+    "llama", "mistral", "qwen2", "gemma", "phi", "phi3", "opt", "qwen2_vl_text", "qwen2_5_vl_text",
+)  # fmt: skip
 
 
 def language_stages(text: Any, *, model: str, lm_head: str) -> dict[str, Stage]:
@@ -19,6 +23,11 @@ def language_stages(text: Any, *, model: str, lm_head: str) -> dict[str, Stage]:
     `model`, `lm_head`: where the checkpoint keeps the decoder and its head, say "model.language_model." and
     "lm_head.".
     """
+
+    if text.model_type not in TEXT_MODELS:
+        raise UnsupportedError(
+            f"config.json: text_config is of model_type {text.model_type!r}; supported are {', '.join(TEXT_MODELS)}"
+        )
 
     def stored(name: str) -> str:
         for ours, theirs in (("model.", model), ("lm_head.", lm_head)):

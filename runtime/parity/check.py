@@ -179,6 +179,12 @@ def _need_libraries() -> None:
 
 def _check_same_shapes(bundle: Bundle, reference: Reference) -> None:
     """A checkpoint of another kind or of other sizes cannot be compared with; one of other weights can, and shows."""
+    kind = reference.checkpoint.kind
+    if bundle.manifest.model_kind != kind:
+        raise InputError(
+            f"{bundle.path} and {reference.checkpoint.path} are of different models: the bundle's kind is "
+            f"{bundle.manifest.model_kind}, the checkpoint's {kind}; give the checkpoint that the bundle was made from"
+        )
     made_from, text = bundle.manifest.checkpoint, reference.checkpoint.text_config
     if made_from.text_model_type != text.model_type:
         raise InputError(

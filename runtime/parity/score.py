@@ -117,6 +117,11 @@ class ScoreReference:
         from ...models import load_checkpoint
 
         found = load_checkpoint(checkpoint)
+        if "text_encoder" not in found.contracts:
+            raise InputError(
+                f"{checkpoint} is a {found.architecture}, which generates text; give the checkpoint that the bundle, "
+                "which scores pictures against texts, was made from"
+            )
         make: Any = getattr(transformers, found.architecture)
         processors: Any = transformers.AutoProcessor
         options = {"local_files_only": True}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.checkpoints import copy_of, edit_config, edit_weights, write_blip2_checkpoint
+from tests.checkpoints_llava import write_llava_checkpoint
 
 from bridgeport.errors import BridgeportError, CheckpointError, UnsupportedError
 from bridgeport.models import load_checkpoint
@@ -220,4 +221,32 @@ def test_bad_shards_are_named(tmp_path: Path, name: str) -> None:
     spoil(path)
     with pytest.raises(BridgeportError, match=message) as caught:
         open_weights(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_vision_tower_is_named(blip2_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """transformers would build BLIP-2's own tower and say nothing."""
+    path = copy_of(blip2_checkpoint("llama"), tmp_path / "tower")
+    edit_config(path, **{"vision_config.model_type": "pixtral"})
+    with pytest.raises(UnsupportedError, match=r"tower is a 'pixtral'; supported is 'blip_2_vision_model'"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"vision_config.model_type": "dinov2"},
+            "the vision tower is a 'dinov2'; supported are clip_vision",
+        ),
+        ({"text_config.model_type": "bloom"}, "text_config is of model_type 'bloom'; supported are llama, mistral"),
+        ({"mm_projector_type": "resampler"}, "mm_projector_type is 'resampler'; supported are linear, mlp2x_gelu"),
+    ],
+    ids=["vision tower", "text model", "projector"],
+)
+def test_unknown_parts_of_llava_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write_llava_checkpoint(tmp_path)
+    edit_config(path, **change)
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        load_checkpoint(path)
     assert "\n" not in str(caught.value)
