@@ -218,10 +218,6 @@ class _Pickles:
         return {name: self._tensors[name].to(torch.float32) for name in names}
 
 
-def _stored_twice(name: str, first: Path, second: Path) -> CheckpointError:
-    return CheckpointError(f"tensor {name} is stored twice, in {first} and in {second}; copy the checkpoint again")
-
-
 def _one_line(error: BaseException) -> str:
     """The first sentence of an error from below, which may run over many lines."""
     words = " ".join(str(error).split()) or type(error).__name__

@@ -106,7 +106,7 @@ def test_random_shapes(tmp_path: Path, seeds: range) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"vision_config.model_type": "vit"}, UnsupportedError, "vision_config is of model_type 'vit'"),
+        ({"vision_config.model_type": "vit"}, UnsupportedError, "the vision tower is a 'vit'"),
         ({"vision_config.image_size": [28, 42]}, CheckpointError, r"image_size is \[28, 42\]; give one number"),
         ({"vision_config.num_channels": 1}, UnsupportedError, "num_channels is 1; pictures are RGB"),
         ({"vision_config.patch_size": 29}, CheckpointError, "patches of 29 pixels do not fit a picture of 28"),

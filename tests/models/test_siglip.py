@@ -104,7 +104,7 @@ def test_random_shapes(tmp_path: Path, seeds: range) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"vision_config.model_type": "vit"}, UnsupportedError, "vision_config is of model_type 'vit'"),
+        ({"vision_config.model_type": "vit"}, UnsupportedError, "the vision tower is a 'vit'"),
         ({"vision_config.vision_use_head": False}, UnsupportedError, "vision_use_head is false"),
         (
             {"text_config.projection_size": 31},
