@@ -209,7 +209,8 @@ def _check(custom: CustomConnector, module: nn.Module, contract: StageContract) 
 
 def refuse_remote_code(where: str, raw: dict[str, Any]) -> None:
     """UnsupportedError for a config.json that asks for Python code from the checkpoint's directory."""
-    if raw.get("auto_map"):
+    parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    if any(part.get("auto_map") for part in parts):
         raise UnsupportedError(
             f"{where}: auto_map asks to run Python code that comes with the checkpoint, and Bridgeport runs none, with "
             "no flag to allow it; install that code as a package and register its connector (see "

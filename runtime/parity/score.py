@@ -295,6 +295,6 @@ def _check_same_model(bundle: Bundle, checkpoint: VisionLanguageModel) -> None:
 
 def _same_files(bundle: Bundle, checkpoint: VisionLanguageModel) -> bool:
     """Whether the checkpoint's files are those that the bundle was made from."""
-    found = {path.name: path for path in checkpoint.files}
+    found = {checkpoint.relative_path(path): path for path in checkpoint.files}
     named = bundle.manifest.checkpoint.sha256
     return set(named) == set(found) and all(sha256(found[name]) == digest for name, digest in named.items())

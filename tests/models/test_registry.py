@@ -242,3 +242,12 @@ def test_code_that_comes_with_a_checkpoint_is_refused(llava: Path, tmp_path: Pat
     (checkpoint / "modeling_x.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UnsupportedError, match=r"auto_map asks to run Python code .* with no flag to allow it"):
         load_checkpoint(checkpoint)
+
+
+def test_code_that_a_part_of_the_config_asks_for_is_refused(llava: Path, tmp_path: Path) -> None:
+    checkpoint = with_connector(llava, tmp_path / "checkpoint", None)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["auto_map"] = {"AutoModel": "modeling_x.X"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="auto_map asks to run Python code"):
+        load_checkpoint(checkpoint)
