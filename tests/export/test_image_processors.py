@@ -163,7 +163,8 @@ def test_every_processor_is_frozen_here() -> None:
     """A processor in the table without a case is not known to work; the other tilings have tests of their own."""
     ours = {name for name, module in IMAGE_PROCESSORS.items() if module in ("common", "anyres")}
     made = [case[0] for case in CASES.values()] + [case[0] for case in TILED.values()]
-    assert {type(processor()).__name__ for processor in made} == ours
+    elsewhere = {"IdeficsImageProcessorPil"}  # tests/runtime/test_flamingo.py holds its pixels against transformers
+    assert {type(processor()).__name__ for processor in made} | elsewhere == ours
 
 
 def _step(contract: ImageContract, place: int, **changes: Any) -> ImageContract:
