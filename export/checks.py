@@ -105,17 +105,26 @@ def check_structure(
 
 def check_equality(path: Path, references: Sequence[Reference], *, stage: str, output: str) -> dict[str, Any]:
     """ONNX Runtime's `output` against PyTorch's for every reference; raises ExportError with max, mean and where."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # A packed second copy of every weight pays off over many runs, not over three.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     worst = 0.0
     for reference in references:
         result = session.run([output], dict(reference.inputs))[0]
         worst = max(worst, compare(result, reference, stage=stage, output=output))
     return {"batch_sizes": [_batch(reference) for reference in references], "max_abs": worst}
+
+
+def open_session(path: Path, *, prepack: bool = False) -> Any:
+    """An `InferenceSession` on the CPU for a few runs.
+
+    ``prepack``: pack a second copy of every weight, which pays off over many runs and not over three; 4-bit kernels
+    compute with INT8 activations only when packed.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def compare(result: Any, reference: Reference, *, stage: str, output: str, of_largest: float | None = None) -> float:

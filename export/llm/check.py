@@ -6,7 +6,7 @@ row lengths, positions, the cache's buffer or the masking of padding shows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from ...models.contract import KvCacheContract
-from ..checks import BATCH_SIZES, FloatArray, Reference, compare
+from ..checks import BATCH_SIZES, FloatArray, Reference, compare, open_session
 from .attention import position_axes
 from .dequantize import dequantize_into
 
@@ -89,21 +89,33 @@ def check_decoder(
     A quantised graph is run as it is, within what INT8 activations cost, and once more with FP32 activations, where
     it must equal PyTorch on the same weights as an FP32 graph must.
     """
-    found: dict[str, Any] = {
-        "batch_sizes": [len(batch.lengths) for batch in batches],
-        "decode_steps": STEPS,
-        "max_abs": 0.0,
-    }
-    if precision == "int4":
-        found["max_abs_int8_activations"] = _compare(path, batches, cache, INT8_ACTIVATIONS_OF_LARGEST)
-        exact = path.with_name(f".{path.name}")
-        try:
-            write_with_fp32_activations(path, exact)
-            found["max_abs"] = _compare(exact, batches, cache, None)
-        finally:
-            exact.unlink(missing_ok=True)
-    else:
-        found["max_abs"] = _compare(path, batches, cache, None, prepack=False)
+
+    def worst(graph: Path, of_largest: float | None) -> float:
+        return _compare(open_session(graph, prepack=precision == "int4"), batches, cache, of_largest)
+
+    sizes = [len(batch.lengths) for batch in batches]
+    return {"batch_sizes": sizes, "decode_steps": STEPS, **check_both_activations(path, precision, worst)}
+
+
+def check_both_activations(
+    path: Path,
+    precision: str,
+    worst: Callable[[Path, float | None], float],
+    *,
+    int8_activations_of_largest: float = INT8_ACTIVATIONS_OF_LARGEST,
+) -> dict[str, float]:
+    """`worst(graph, of_largest)` of the graph at `path`; of a quantised one as it is, within what INT8 activations
+    cost, and once more with FP32 activations.
+    """
+    if precision != "int4":
+        return {"max_abs": worst(path, None)}
+    found = {"max_abs_int8_activations": worst(path, int8_activations_of_largest)}
+    exact = path.with_name(f".{path.name}")
+    try:
+        write_with_fp32_activations(path, exact)
+        found["max_abs"] = worst(exact, None)
+    finally:
+        exact.unlink(missing_ok=True)
     return found
 
 
@@ -115,21 +127,7 @@ def write_with_fp32_activations(path: Path, out: Path) -> None:
     ir.save(model, out)
 
 
-def _compare(
-    path: Path,
-    batches: Sequence[RaggedBatch],
-    cache: KvCacheContract,
-    of_largest: float | None,
-    *,
-    prepack: bool = True,
-) -> float:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    if not prepack:
-        # As in checks.check_equality: no packed second copy of every weight for a few runs.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def _compare(session: Any, batches: Sequence[RaggedBatch], cache: KvCacheContract, of_largest: float | None) -> float:
     worst = 0.0
     for batch in batches:
         for step, logits in enumerate(_run_batch(session, batch, cache)):

@@ -9,24 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
 from ...errors import UnsupportedError
 from ...models.contract import KvCacheContract, StageContract
 from ...models.flamingo_contract import FlamingoContract
-from ..graph import drop_weights, fold_constants, save_graph, trace_stage
-from ..passes import GraphPass, PassResult, apply_passes
-from ..passes.axes import NameAxes
-from ..passes.modules import KeepModuleScopes
-from ..passes.weights import TransposeWeights
-from .export import LlmGraph, decoder_shapes
+from ..graph import trace_stage
+from .export import LlmGraph
 from .flamingo_graph import trace_flamingo
-from .int4 import quantize_matmuls
+from .traced import save_traced, save_traced_decoder
 
 if TYPE_CHECKING:
     from ...models.idefics import FlamingoCrossKv, FlamingoDecoder
 
-BUILDER = "torch.onnx"
 # Rope types whose frequencies do not depend on how long the prompt is; a graph holds one table of them.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -44,7 +37,7 @@ def export_cross_kv(stage: FlamingoCrossKv, contract: StageContract, path: Path)
     Raises ExportError when the graph does not come out as it must.
     """
     traced = trace_stage(stage, contract)
-    return _save(traced.model, traced.passes, traced.traced_weights, path, "fp32")
+    return save_traced(traced.model, traced.passes, traced.traced_weights, path, "fp32")
 
 
 def export_flamingo_decoder(
@@ -58,23 +51,4 @@ def export_flamingo_decoder(
 ) -> LlmGraph:
     """Write `llm` to `path`; ``precision``: "fp32", or "int4" for 4-bit weights. Otherwise as `export_cross_kv`."""
     model = trace_flamingo(stage, contract, cache, flamingo)
-    weights = tuple(model.graph.initializers.values())
-    fold_constants(model)
-    passes: tuple[GraphPass, ...] = (
-        KeepModuleScopes(),
-        TransposeWeights(),
-        NameAxes(decoder_shapes(contract, cache)),
-    )
-    model, results = apply_passes(model, passes, stage=contract.name)
-    return _save(model, results, weights, path, precision)
-
-
-def _save(
-    model: ir.Model, passes: tuple[PassResult, ...], weights: tuple[ir.Value, ...], path: Path, precision: str
-) -> LlmGraph:
-    if precision == "int4":
-        model = quantize_matmuls(model)
-    save_graph(model, path)
-    opset: Any = model.graph.opset_imports[""]
-    drop_weights((*weights, *model.graph.initializers.values()))
-    return LlmGraph(BUILDER, passes, opset)
+    return save_traced_decoder(model, contract, cache, path, precision)

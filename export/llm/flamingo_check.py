@@ -17,8 +17,8 @@ import torch
 from ...models.contract import KvCacheContract
 from ...models.flamingo_contract import FlamingoContract
 from ...models.idefics import FlamingoCrossKv, FlamingoDecoder, reference_idefics
-from ..checks import BATCH_SIZES, FloatArray, Reference, compare
-from .check import STEPS, write_with_fp32_activations
+from ..checks import BATCH_SIZES, FloatArray, Reference, compare, open_session
+from .check import STEPS, check_both_activations
 from .dequantize import dequantize_into
 
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -105,7 +105,7 @@ def _their_key_values(model: Any, features: torch.Tensor) -> list[torch.Tensor]:
 
 def check_cross_kv(path: Path, batches: Batches, contract: FlamingoContract) -> dict[str, Any]:
     """The keys and values of every cross-attention layer; raises ExportError where they differ from PyTorch's."""
-    session = _session(path, prepack=False)
+    session = open_session(path)
     return {
         "batch_sizes": [len(batch) for batch in batches],
         "max_abs": max(_compare_cross(session, batch, contract) for batch in batches),
@@ -119,32 +119,13 @@ def check_flamingo_decoder(
 
     A quantised graph runs as it is, within what INT8 activations cost, and once more with FP32 activations.
     """
-    found: dict[str, Any] = {"batch_sizes": [len(batch) for batch in batches], "decode_steps": STEPS}
 
-    def worst(graph: Path, limit: float | None) -> float:
-        session = _session(graph, prepack=precision == "int4")
-        return max(_compare_logits(session, batch, cache, contract, limit) for batch in batches)
+    def worst(graph: Path, of_largest: float | None) -> float:
+        session = open_session(graph, prepack=precision == "int4")
+        return max(_compare_logits(session, batch, cache, contract, of_largest) for batch in batches)
 
-    if precision != "int4":
-        return {**found, "max_abs": worst(path, None)}
-    found["max_abs_int8_activations"] = worst(path, INT8_ACTIVATIONS_OF_LARGEST)
-    exact = path.with_name(f".{path.name}")
-    try:
-        write_with_fp32_activations(path, exact)
-        found["max_abs"] = worst(exact, None)
-    finally:
-        exact.unlink(missing_ok=True)
-    return found
-
-
-def _session(path: Path, *, prepack: bool) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    if not prepack:
-        # As in checks.check_equality: no packed second copy of every weight for a few runs.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    found = check_both_activations(path, precision, worst, int8_activations_of_largest=INT8_ACTIVATIONS_OF_LARGEST)
+    return {"batch_sizes": [len(batch) for batch in batches], "decode_steps": STEPS, **found}
 
 
 def _compare_cross(session: Any, batch: Sequence[FlamingoRow], contract: FlamingoContract) -> float:

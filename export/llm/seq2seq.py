@@ -9,25 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 from torch import nn
 
 from ...models.contract import KvCacheContract, StageContract
 from ...models.seq2seq_contract import Seq2SeqContract
-from ..graph import drop_weights, fold_constants, save_graph, trace_stage
-from ..passes import GraphPass, PassResult, apply_passes
-from ..passes.axes import NameAxes
-from ..passes.modules import KeepModuleScopes
-from ..passes.weights import TransposeWeights
+from ..graph import trace_stage
 from .dequantize import dequantize_into
-from .export import LlmGraph, decoder_shapes
-from .int4 import quantize_matmuls
+from .export import LlmGraph
 from .seq2seq_graph import trace_decoder
+from .traced import save_traced, save_traced_decoder
 
 if TYPE_CHECKING:
     from ...models.t5 import T5LanguageDecoder, T5LanguageEncoder
-
-BUILDER = "torch.onnx"
 
 
 def export_llm_encoder(stage: T5LanguageEncoder, contract: StageContract, path: Path, *, precision: str) -> LlmGraph:
@@ -36,7 +29,7 @@ def export_llm_encoder(stage: T5LanguageEncoder, contract: StageContract, path: 
     ``precision``: "fp32", or "int4" for 4-bit weights. Raises ExportError when the graph does not come out as it must.
     """
     traced = trace_stage(stage, contract)
-    return _save(traced.model, traced.passes, traced.traced_weights, path, precision)
+    return save_traced(traced.model, traced.passes, traced.traced_weights, path, precision)
 
 
 def export_llm_decoder(
@@ -50,15 +43,7 @@ def export_llm_decoder(
 ) -> LlmGraph:
     """Write `llm` to `path`; otherwise as `export_llm_encoder`."""
     model = trace_decoder(stage, contract, cache, seq2seq.cross_cache)
-    weights = tuple(model.graph.initializers.values())
-    fold_constants(model)
-    passes: tuple[GraphPass, ...] = (
-        KeepModuleScopes(),
-        TransposeWeights(),
-        NameAxes(decoder_shapes(contract, cache)),
-    )
-    model, results = apply_passes(model, passes, stage=contract.name)
-    return _save(model, results, weights, path, precision)
+    return save_traced_decoder(model, contract, cache, path, precision)
 
 
 def dequantize_into_t5(model: Any, encoder: Path, decoder: Path) -> None:
@@ -72,14 +57,3 @@ def dequantize_into_t5(model: Any, encoder: Path, decoder: Path) -> None:
     view.cross = nn.ModuleList(nn.ModuleDict({"k": one.k, "v": one.v}) for one in attentions)
     dequantize_into(view, encoder)
     dequantize_into(model, decoder)
-
-
-def _save(
-    model: ir.Model, passes: tuple[PassResult, ...], weights: tuple[ir.Value, ...], path: Path, precision: str
-) -> LlmGraph:
-    if precision == "int4":
-        model = quantize_matmuls(model)
-    save_graph(model, path)
-    opset: Any = model.graph.opset_imports[""]
-    drop_weights((*weights, *model.graph.initializers.values()))
-    return LlmGraph(BUILDER, passes, opset)

@@ -18,8 +18,8 @@ import torch
 from ...models.contract import KvCacheContract
 from ...models.seq2seq_contract import CrossCacheContract
 from ...models.t5 import T5LanguageDecoder, T5LanguageEncoder, reference_t5
-from ..checks import BATCH_SIZES, FloatArray, Reference, compare
-from .check import INT8_ACTIVATIONS_OF_LARGEST, STEPS, write_with_fp32_activations
+from ..checks import BATCH_SIZES, FloatArray, Reference, compare, open_session
+from .check import STEPS, check_both_activations
 from .dequantize import dequantize_into
 
 # Beyond relative_attention_max_distance of none, and long enough for several of T5's buckets.
@@ -101,33 +101,15 @@ def _check(
     compare_batch: Callable[[Any, Sequence[Seq2SeqRow], float | None], float],
 ) -> dict[str, Any]:
     """A quantised graph runs as it is, within what INT8 activations cost, and once more with FP32 activations."""
-    found: dict[str, Any] = {"batch_sizes": [len(batch) for batch in batches]}
 
     def worst(graph: Path, limit: float | None) -> float:
-        session = _session(graph, prepack=precision == "int4")
+        session = open_session(graph, prepack=precision == "int4")
         return max(compare_batch(session, batch, limit) for batch in batches)
 
-    if precision == "int4":
-        found["max_abs_int8_activations"] = worst(path, INT8_ACTIVATIONS_OF_LARGEST)
-        exact = path.with_name(f".{path.name}")
-        try:
-            write_with_fp32_activations(path, exact)
-            found["max_abs"] = worst(exact, None)
-        finally:
-            exact.unlink(missing_ok=True)
-    else:
-        found["max_abs"] = worst(path, None)
-    return found
-
-
-def _session(path: Path, *, prepack: bool) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    if not prepack:
-        # As in checks.check_equality: no packed second copy of every weight for a few runs.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return {
+        "batch_sizes": [len(batch) for batch in batches],
+        **check_both_activations(path, precision, worst),
+    }
 
 
 def _compare_cross(
