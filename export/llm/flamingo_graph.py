@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import ExportError
 from ...models.contract import KvCacheContract, StageContract
 from ...models.flamingo_contract import FlamingoContract
-from ..graph import OPSET
 from ..passes.gqa import CONTRIB
-from ..quiet import quiet_exporters
+from .traced import trace_decoder_graph
 
 if TYPE_CHECKING:
     from ...models.idefics import FlamingoDecoder
@@ -161,30 +159,16 @@ def trace_flamingo(
         [{0: batch, 2: flamingo.latents * images}] * (2 * flamingo.cross_cache.num_layers),
         [{0: batch, 2: capacity}] * (2 * cache.num_layers),
     )
-    slots = [(layer, kind) for layer in range(cache.num_layers) for kind in ("key", "value")]
-    past, present = ([name.format(layer=i, kind=kind) for i, kind in slots] for name in (cache.past, cache.present))
-    try:
-        with quiet_exporters(), torch.no_grad():
-            program = torch.onnx.export(
-                FlamingoDecoderGraph(stage, cache, flamingo).eval(),
-                _example(contract, cache, flamingo),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[*(spec.name for spec in contract.inputs), *past],
-                output_names=["logits", *present],
-                dynamic_shapes=shapes,
-                optimize=False,
-                verify=False,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ExportError(
-            f"stage {contract.name}: torch.onnx cannot trace this Idefics decoder ({reason}); it needs another "
-            "checkpoint or another version of torch"
-        ) from error
-    model: ir.Model = program.model  # type: ignore[union-attr]  # None only for dynamo=False
-    return model
+    module = FlamingoDecoderGraph(stage, cache, flamingo)
+    return trace_decoder_graph(
+        module,
+        _example(contract, cache, flamingo),
+        shapes,
+        contract,
+        cache,
+        what="this Idefics decoder",
+        needed="another checkpoint",
+    )
 
 
 def _example(contract: StageContract, cache: KvCacheContract, flamingo: FlamingoContract) -> tuple[Any, ...]:

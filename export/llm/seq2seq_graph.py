@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import ExportError
 from ...models.contract import KvCacheContract, StageContract
 from ...models.seq2seq_contract import CrossCacheContract
-from ..graph import OPSET
 from ..passes.gqa import CONTRIB
-from ..quiet import quiet_exporters
+from .traced import trace_decoder_graph
 
 if TYPE_CHECKING:
     from ...models.t5 import T5LanguageDecoder
@@ -146,30 +144,10 @@ def trace_decoder(
         [{0: batch, 2: prompt}] * (2 * cross.num_layers),
         [{0: batch, 2: capacity}] * (2 * cache.num_layers),
     )
-    slots = [(layer, kind) for layer in range(cache.num_layers) for kind in ("key", "value")]
-    past, present = ([name.format(layer=i, kind=kind) for i, kind in slots] for name in (cache.past, cache.present))
-    try:
-        with quiet_exporters(), torch.no_grad():
-            program = torch.onnx.export(
-                T5DecoderGraph(stage, cache, cross).eval(),
-                inputs,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[*(spec.name for spec in contract.inputs), *past],
-                output_names=["logits", *present],
-                dynamic_shapes=shapes,
-                optimize=False,
-                verify=False,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ExportError(
-            f"stage {contract.name}: torch.onnx cannot trace this T5 decoder ({reason}); it needs another text model "
-            "or another version of torch"
-        ) from error
-    model: ir.Model = program.model  # type: ignore[union-attr]  # None only for dynamo=False
-    return model
+    module = T5DecoderGraph(stage, cache, cross)
+    return trace_decoder_graph(
+        module, inputs, shapes, contract, cache, what="this T5 decoder", needed="another text model"
+    )
 
 
 def _example(contract: StageContract, cache: KvCacheContract) -> tuple[Any, ...]:

@@ -3,19 +3,65 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+import torch
+from torch import nn
 
+from ...errors import ExportError
 from ...models.contract import KvCacheContract, StageContract
-from ..graph import drop_weights, fold_constants, save_graph
+from ..graph import OPSET, drop_weights, fold_constants, save_graph
 from ..passes import GraphPass, PassResult, apply_passes
 from ..passes.axes import NameAxes
 from ..passes.modules import KeepModuleScopes
 from ..passes.weights import TransposeWeights
+from ..quiet import quiet_exporters
 from .export import LlmGraph, decoder_shapes
 from .int4 import quantize_matmuls
 
 BUILDER = "torch.onnx"
+
+
+def trace_decoder_graph(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    shapes: tuple[Any, ...],
+    contract: StageContract,
+    cache: KvCacheContract,
+    *,
+    what: str,
+    needed: str,
+) -> ir.Model:
+    """The graph of `llm`, with the names of the contract and the cache, not yet passed through anything.
+
+    ``shapes``: the dynamic axes of ``inputs``. Raises ExportError when torch.onnx cannot trace it: ``what`` that is,
+    and what is ``needed``.
+    """
+    slots = [(layer, kind) for layer in range(cache.num_layers) for kind in ("key", "value")]
+    past, present = ([name.format(layer=i, kind=kind) for i, kind in slots] for name in (cache.past, cache.present))
+    try:
+        with quiet_exporters(), torch.no_grad():
+            program = torch.onnx.export(
+                module.eval(),
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[*(spec.name for spec in contract.inputs), *past],
+                output_names=["logits", *present],
+                dynamic_shapes=shapes,
+                optimize=False,
+                verify=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ExportError(
+            f"stage {contract.name}: torch.onnx cannot trace {what} ({reason}); it needs {needed} or another version "
+            "of torch"
+        ) from error
+    model: ir.Model = program.model  # type: ignore[union-attr]  # None only for dynamo=False
+    return model
 
 
 def save_traced_decoder(

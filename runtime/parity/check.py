@@ -29,6 +29,7 @@ from .stages import BundleStages, Case, Differences, run_chained, run_isolated
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ...models.checkpoint import VisionLanguageModel
     from .reference import Reference, ReferenceValues
 
     # A picture; for a model of videos, a film or a list of its frames.
@@ -99,7 +100,7 @@ def check_parity(
         checkpoint=str(checkpoint),
         stages=reports,
         cases=_case_reports(reference, cases, values, tokens),
-        same_checkpoint=_same_checkpoint(loaded, reference),
+        same_checkpoint=same_checkpoint(loaded, reference.checkpoint),
         drill=found,
         versions=_versions(),
         notes=describe(reference.checkpoint),
@@ -320,12 +321,12 @@ def _case_reports(
     )
 
 
-def _same_checkpoint(bundle: Bundle, reference: Reference) -> bool | None:
+def same_checkpoint(bundle: Bundle, checkpoint: VisionLanguageModel) -> bool | None:
     """Whether the checkpoint's files are those that the bundle names; None when it names none."""
     named = bundle.manifest.checkpoint.sha256
     if not named:
         return None
-    found = {reference.checkpoint.relative_path(path): path for path in reference.checkpoint.files}
+    found = {checkpoint.relative_path(path): path for path in checkpoint.files}
     return set(named) == set(found) and all(sha256(found[name]) == digest for name, digest in named.items())
 
 

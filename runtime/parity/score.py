@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...bundle import Bundle, sha256
+from ...bundle import Bundle
 from ...errors import BridgeportError, CheckpointError, InputError
 from ..processor import load_image, prepare_picture
 from ..score import Scorer, cosines, score_contract, sigmoid, softmax
 from ..score_text import TextTensors
-from .check import _need_libraries, _versions, make_cases
+from .check import _need_libraries, _versions, make_cases, same_checkpoint
 from .gates import EXACT, FP32, FP32_LOGITS, PIXELS
 from .metrics import Difference, Gate, compare, compare_ids, unreached
 from .reference import _quiet_transformers, array
@@ -85,7 +85,7 @@ def check_score_parity(
         checkpoint=str(checkpoint),
         stages=tuple(stages),
         cases=tuple(_case_report(row, case, expected, computed) for row, case in enumerate(cases)),
-        same_checkpoint=_same_files(loaded, reference.checkpoint),
+        same_checkpoint=same_checkpoint(loaded, reference.checkpoint),
         versions=_versions(),
         ids="tokens of the texts",
     )
@@ -291,10 +291,3 @@ def _check_same_model(bundle: Bundle, checkpoint: VisionLanguageModel) -> None:
                 f"{bundle.path} and {checkpoint.path} are of different sizes (inputs or outputs of {name} differ); "
                 "give the checkpoint that the bundle was made from"
             )
-
-
-def _same_files(bundle: Bundle, checkpoint: VisionLanguageModel) -> bool:
-    """Whether the checkpoint's files are those that the bundle was made from."""
-    found = {checkpoint.relative_path(path): path for path in checkpoint.files}
-    named = bundle.manifest.checkpoint.sha256
-    return set(named) == set(found) and all(sha256(found[name]) == digest for name, digest in named.items())
