@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..bundle import Bundle, sha256, staged_directory, write_manifest
+from ..bundle import Bundle, check_output, output_errors, sha256, staged_directory, write_manifest
 from ..manifest import CONFIG_FILE, CheckpointRecord, ImageContract, Manifest
 from ..models import load_checkpoint
 from ..models.contract import KvCacheContract
 from ..models.reduction_contract import parse_reduction
+from ..models.remote_code import remote_code
 from ..models.t5 import t5_seq2seq
 from .disk import check_room, disk_full_as_os_error
 from .foreign import freeze_foreign
 from .idefics_processor import freeze_flamingo
 from .llm.flamingo_stages import export_flamingo
 from .llm.seq2seq_stages import export_seq2seq
-from .options import check_libraries, check_options
+from .options import check_libraries, check_options, needs_calibration
 from .processor import freeze_processor
 from .reduction import fit_tokens
 from .stages import Progress, export_decoder, export_traced, lint_stages
@@ -37,14 +40,17 @@ def export_checkpoint(
     reduce_tokens: str | None = None,
     force: bool = False,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export the checkpoint directory `checkpoint` to a bundle at `out`.
 
-    ``precision``: "fp32", or "int4" for INT4 weights in the language model with the other stages in FP32.
-    ``target``: "cpu". ``reduce_tokens``: "pool:S", "tome:R" or "queries:K", for a connector that gives fewer tokens
-    (see `models.reduction`). ``force``: replace a directory at `out`. ``progress`` is called with a line before each
-    step. Nothing is left at or beside `out` unless everything succeeded.
+    ``precision``: "fp32", or "int4" for INT4 weights in the language model with the other stages in FP32. Every other
+    precision, and every target but "cpu", goes on to quantise (`calibration.quantize_bundle`, with its defaults) on the
+    pictures in ``calibration``. ``reduce_tokens``: "pool:S", "tome:R" or "queries:K", for a connector that gives fewer tokens
+    (see `models.reduction`). ``force``: replace a directory at `out`. ``trust_remote_code``: run Python code that the
+    checkpoint's directory holds for its config, tokenizer and processor, with the rights of this process. ``progress``
+    is called with a line before each step. Nothing is left at or beside `out` unless everything succeeded.
 
     Raises InputError for an option whose value is unknown or does not fit the model, UnsupportedError for a precision,
     target, reduction or architecture that is not built yet, CheckpointError for a checkpoint that cannot be read,
@@ -53,14 +59,28 @@ def export_checkpoint(
     check_options(precision, target, calibration)
     reduction = None if reduce_tokens is None else parse_reduction(reduce_tokens)
     check_libraries()
+    if needs_calibration(precision, target):
+        return _export_and_quantize(
+            checkpoint,
+            out,
+            str(calibration),
+            (precision, target),
+            force=force,
+            reduce_tokens=reduce_tokens,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     say = progress or _say_nothing
     say("reading the checkpoint")
-    model = load_checkpoint(checkpoint, allow_pickle=allow_pickle)
+    with remote_code(allowed=trust_remote_code):
+        model = load_checkpoint(checkpoint, allow_pickle=allow_pickle)
     if reduction is not None:
         from ..models.reduction import reduce_tokens as reduced
 
         model = reduced(model, reduction)
-    with staged_directory(out, force=force, protect=(model.path,)) as staging, disk_full_as_os_error():
+    trust = remote_code(allowed=trust_remote_code)
+    with trust, staged_directory(out, force=force, protect=(model.path,)) as staging, disk_full_as_os_error():
         check_room(model, staging)
         if model.kv_cache is None:
             from .score import write_score_manifest
@@ -69,6 +89,25 @@ def export_checkpoint(
         else:
             manifest = _write_bundle(model, model.kv_cache, staging, precision, say)
     return Bundle(Path(out), manifest)
+
+
+def _export_and_quantize(
+    checkpoint: str | Path, out: str | Path, calibration: str, aim: tuple[str, str], *, force: bool, **options: Any
+) -> Bundle:
+    """The FP32 bundle is written beside `out`, quantised from there, and removed."""
+    from ..calibration import QuantizeOptions, quantize_bundle
+
+    check_output(out, force=force)
+    place = Path(os.path.abspath(out)).parent  # noqa: PTH100 - as `staged_directory` does
+    with output_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{Path(out).name}.", suffix=".fp32", dir=place)
+    with scratch:
+        exact = export_checkpoint(checkpoint, Path(scratch.name) / "bundle", **options)
+        choices = QuantizeOptions(precision=aim[0], target=aim[1])
+        return quantize_bundle(
+            exact.path, out, calibration, choices, force=force, progress=options["progress"], protect=(Path(checkpoint),)
+        )
 
 
 def _say_nothing(_: str) -> None:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..models.registry import refuse_remote_code
+from ..models.remote_code import loader_options, refuse_remote_code
 from .processor_of_frames import load_for_frames, takes_frames
 from .processor_without_video import load_without_video, takes_videos
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-# Without `trust_remote_code` transformers asks on the terminal whether to run a checkpoint's own Python.
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -26,7 +24,7 @@ def load_tokenizer(path: Path) -> Any:
 
     make: Any = AutoTokenizer
     _need_one_of(path, TOKENIZER_FILES, "tokenizer")
-    tokenizer = _load(path, "tokenizer", lambda: make.from_pretrained(path, **LOCAL))
+    tokenizer = _load(path, "tokenizer", lambda: make.from_pretrained(path, **loader_options()))
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(
             f"{path}: the tokenizer has no tokenizer.json form; save it with a fast tokenizer of transformers"
@@ -40,7 +38,7 @@ def load_image_processor(path: Path) -> Any:
 
     make: Any = AutoImageProcessor
     _need_one_of(path, IMAGE_PROCESSOR_FILES, "image processor")
-    return _load(path, "image processor", lambda: make.from_pretrained(path, backend="pil", **LOCAL))
+    return _load(path, "image processor", lambda: make.from_pretrained(path, backend="pil", **loader_options()))
 
 
 def load_processor(path: Path) -> Any:
@@ -55,7 +53,7 @@ def load_processor(path: Path) -> Any:
     if takes_videos(path):
         parts = load_image_processor(path), load_tokenizer(path)
         return _load(path, "processor", lambda: load_without_video(path, *parts))
-    return _load(path, "processor", lambda: make.from_pretrained(path, backend="pil", **LOCAL))
+    return _load(path, "processor", lambda: make.from_pretrained(path, backend="pil", **loader_options()))
 
 
 def image_token_text(path: Path, tokenizer: Any, image_token_id: int) -> str:

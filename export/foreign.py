@@ -1,6 +1,7 @@
 """What checkpoints of other projects do to pictures and prompts, where they have no processor of transformers' kind.
 
-MiniGPT-4 keeps it in code: `blip2_image_eval` for the picture, `conversation.py` for the prompt.
+MiniGPT-4 keeps it in code: `blip2_image_eval` for the picture, `conversation.py` for the prompt. Qwen-VL too: see
+`qwen_vl`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .checkpoint_processor import load_processor, load_tokenizer
 from .frozen import FrozenProcessor
 from .picture_check import check_frozen_pictures
 from .processor_check import PROMPTS
+from .qwen_vl import freeze_qwen_vl
 from .tokenizer import placeholder_text
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ def freeze_foreign(model: VisionLanguageModel, directory: str | Path) -> FrozenP
     None where the checkpoint has a processor of transformers' kind, as LAVIS directories do. Raises CheckpointError for
     a tokenizer that does not load, ExportError when what is frozen departs from the reference.
     """
+    if project(model.path) == "qwen_vl":
+        return freeze_qwen_vl(model, Path(directory), clip_image(model.config))
     if project(model.path) != "minigpt4":
         return None
     parts = load_parts(model.path)
@@ -58,7 +62,7 @@ def freeze_foreign(model: VisionLanguageModel, directory: str | Path) -> FrozenP
     target = Path(directory) / "tokenizer.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    image = minigpt4_image(model.config)
+    image = clip_image(model.config)
     prompt = _prompt(parts, model.config, placeholder_text(reference.tokenizer))
     sequences = stop_sequences(reference.tokenizer, parts.stop)
     return FrozenProcessor(
@@ -75,11 +79,17 @@ def load_reference(model: VisionLanguageModel) -> tuple[Any, Any] | None:
     name = project(model.path)
     if name is None:
         return None
+    if name == "qwen_vl":
+        from .qwen_vl_reference import load_model
+        from .qwen_vl_reference import load_processor as load_qwen_vl_processor
+
+        return load_model(model), load_qwen_vl_processor(model)
     processor = ReferenceProcessor(model) if name == "minigpt4" else load_processor(model.path)
     return transformers_model(model), processor
 
 
-def minigpt4_image(config: Any) -> ImageContract:
+def clip_image(config: Any) -> ImageContract:
+    """MiniGPT-4's and Qwen-VL's pictures: squeezed to a square, with CLIP's mean and deviation."""
     size = config.vision_config.image_size
     return ImageContract(
         steps=(

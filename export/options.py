@@ -6,13 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args
 
-from ..errors import DependencyError, InputError, UnsupportedError
-from ..manifest import Manifest, StageRecord
+from ..errors import DependencyError, InputError
+from ..manifest import Precision, Target
 
-PRECISIONS = get_args(StageRecord.model_fields["precision"].annotation)
-TARGETS = get_args(Manifest.model_fields["target"].annotation)
-_PRECISIONS_NOW = ("fp32", "int4")
-_TARGETS_NOW = ("cpu",)
+PRECISIONS = get_args(Precision)
+TARGETS = get_args(Target)
 # What an exported graph depends on; their versions go into the manifest.
 LIBRARIES = (
     "torch",
@@ -28,20 +26,23 @@ _ALSO_NEEDED = ("onnx-graphsurgeon", "safetensors")
 
 
 def check_options(precision: str, target: str, calibration: str | Path | None) -> None:
-    """Raise InputError for an unknown precision or target, UnsupportedError for one that comes later."""
-    for what, got, known, now in (
-        ("precision", precision, PRECISIONS, _PRECISIONS_NOW),
-        ("target", target, TARGETS, _TARGETS_NOW),
-    ):
+    """Raise InputError for an unknown precision or target, and for calibration data that is missing or not needed."""
+    for what, got, known in (("precision", precision, PRECISIONS), ("target", target, TARGETS)):
         if got not in known:
-            raise InputError(f"{what} {got!r} is unknown; accepted are {', '.join(now)}")
-        if got not in now:
-            raise UnsupportedError(f"{what} {got} is not built yet; accepted now are {', '.join(now)}")
-    if calibration is not None:
-        raise UnsupportedError(
-            f"precision {precision} needs no calibration data; leave --calibration {calibration} out (INT8, which "
-            "needs it, is not built yet)"
+            raise InputError(f"{what} {got!r} is unknown; accepted are {', '.join(known)}")
+    if needs_calibration(precision, target) and calibration is None:
+        raise InputError(
+            f"precision {precision} for {target} needs pictures to calibrate and to judge with; add --calibration DIR"
         )
+    if not needs_calibration(precision, target) and calibration is not None:
+        raise InputError(
+            f"precision {precision} for {target} needs no calibration data; leave --calibration {calibration} out"
+        )
+
+
+def needs_calibration(precision: str, target: str) -> bool:
+    """Whether an export goes on to quantise: all but FP32, and 4-bit weights in blocks, for the CPU."""
+    return target != "cpu" or precision not in ("fp32", "int4")
 
 
 def check_libraries() -> None:

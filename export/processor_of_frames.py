@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..models.remote_code import loader_options
+
 MODEL_TYPE = "instructblipvideo"
 INSTRUCTION_TOKENIZER = "qformer_tokenizer"
 
@@ -52,7 +54,7 @@ def load_for_frames(path: Path, tokenizer: Any) -> Any:
 
     pictures = _picture_processor(read_video_processor(path, MODEL_TYPE))
     make: Any = AutoTokenizer
-    instruction = make.from_pretrained(path / INSTRUCTION_TOKENIZER, local_files_only=True, trust_remote_code=False)
+    instruction = make.from_pretrained(path / INSTRUCTION_TOKENIZER, **loader_options())
     kind = without_video_check(InstructBlipVideoProcessor)
     settings, _ = kind.get_processor_dict(str(path), local_files_only=True)
     processor = kind.from_args_and_dict([FrameProcessor(pictures), tokenizer, instruction], settings)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, UnsupportedError
 from .contract import KvCacheContract, StageContract
 from .families import FAMILIES, Family
-from .foreign import find
-from .registry import KEY, refuse_remote_code, replace_connector
+from .foreign import find, find_config
+from .registry import KEY, replace_connector
+from .remote_code import read_config_with_code, refuse_remote_code
 from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
@@ -109,13 +110,14 @@ def load_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> VisionLa
 
     Raises CheckpointError when it is no checkpoint, of an unknown kind, incomplete or corrupt, or when config
     and weights disagree (naming the tensor and both shapes); UnsupportedError for a known kind not built yet, and
-    for one that comes with code of its own.
+    for one that comes with code of its own, unless that is allowed (`remote_code.remote_code`).
     """
     directory = Path(path)
     reader = find(directory)
     foreign = None if reader is None else reader(directory, allow_pickle=allow_pickle)
     raw = _read_config(directory) if foreign is None else foreign.config
     family, architecture = _find_family(directory, raw)
+    raw = raw if foreign is not None else read_config_with_code(directory, raw)
     config = _make_config(directory, raw, family)
     layout = _lay_out(directory, family, architecture, config, raw.get(KEY))
     stored = open_weights(directory, allow_pickle=allow_pickle) if foreign is None else foreign.weights
@@ -132,9 +134,10 @@ def read_layout(path: str | Path) -> tuple[Any, Layout]:
     Raises what `load_checkpoint` does for a directory without a config, or with one that cannot be used.
     """
     directory = Path(path)
-    reader = find(directory)
-    raw = _read_config(directory) if reader is None else reader(directory, allow_pickle=False).config
+    foreign = find_config(directory)
+    raw = _read_config(directory) if foreign is None else foreign
     family, architecture = _find_family(directory, raw)
+    raw = raw if foreign is not None else read_config_with_code(directory, raw)
     config = _make_config(directory, raw, family)
     return config, _lay_out(directory, family, architecture, config, raw.get(KEY))
 
@@ -158,12 +161,13 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _find_family(directory: Path, raw: dict[str, Any]) -> tuple[Family, str]:
-    refuse_remote_code(str(directory / CONFIG), raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        own = "; code that comes with a checkpoint gives no model" if raw.get("auto_map") else ""
         raise CheckpointError(
-            f"{directory / CONFIG}: model_type {model_type!r} is unknown; known are {', '.join(FAMILIES)}"
+            f"{directory / CONFIG}: model_type {model_type!r} is unknown; known are {', '.join(FAMILIES)}{own}"
         )
+    refuse_remote_code(str(directory / CONFIG), raw)
     family = FAMILIES[model_type]
     architectures = raw.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
@@ -181,11 +185,8 @@ def _find_family(directory: Path, raw: dict[str, Any]) -> tuple[Family, str]:
 
 
 def _make_config(directory: Path, raw: dict[str, Any], family: Family) -> Any:
-    import transformers
-
-    config_class: Any = getattr(transformers, family.config_class)
     try:
-        config = config_class.from_dict(copy.deepcopy(raw))  # it writes into what it gets
+        config = family.config_type().from_dict(copy.deepcopy(raw))  # it writes into what it gets
     except Exception as error:
         # transformers validates with exceptions of several libraries; each means that the file is wrong.
         reason = " ".join(str(error).split())

@@ -17,12 +17,19 @@ class Family:
 
     `module`: the sibling module that does it, imported on first use. `layouts`: for every architecture that
     `config.json` may name, the function there that takes the transformers config and gives the `Layout`.
-    `config_class`: its class in transformers.
+    `config_class`: its class in transformers, or in `module` for a model that transformers does not have.
     """
 
     module: str
     config_class: str
     layouts: Mapping[str, str]
+
+    def config_type(self) -> Any:
+        """The class `config_class`."""
+        import transformers
+
+        found: Any = getattr(transformers, self.config_class, None)
+        return found or getattr(import_module(f".{self.module}", __package__), self.config_class)
 
     def layout(self, architecture: str) -> Callable[[Any], Layout]:
         """The function that lays `architecture` out in stages; KeyError for one that is not in `layouts`."""
@@ -53,6 +60,7 @@ FAMILIES: dict[str, Family] = {
         config_class="LlavaNextConfig",
         layouts={"LlavaNextForConditionalGeneration": "conditional_generation"},
     ),
+    "qwen": Family(module="qwen_vl_model", config_class="QwenVlConfig", layouts={"QWenLMHeadModel": "causal_lm"}),
     "qwen2_vl": Family(
         module="qwen2_vl",
         config_class="Qwen2VLConfig",

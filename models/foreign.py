@@ -1,4 +1,4 @@
-"""Checkpoints in the files of other projects: found by the file that says so, read as transformers' BLIP-2.
+"""Checkpoints in the files of other projects: found by the file that says so, read as a model of transformers' kind.
 
 A reader takes a directory apart and gives what `load_checkpoint` needs of it: the `config.json` that transformers
 would have written, and the weights under transformers' names. One record per project in `READERS`.
@@ -30,9 +30,9 @@ SUFFIXES = (".safetensors", ".pth")
 class ForeignCheckpoint:
     """What a reader found. No weight is in memory.
 
-    `project`: a key of `READERS`' values ("lavis", "minigpt4"). `config`: the content of the `config.json` that
-    transformers would write for this model. `weights`: under transformers' names. `files`: what beside the weights
-    tells one checkpoint from another.
+    `project`: one of `READERS`' values or of `MODEL_TYPES`' ("lavis", "minigpt4", "qwen_vl"). `config`: the content of
+    the `config.json` that transformers would write for this model. `weights`: under transformers' names. `files`: what
+    beside the weights tells one checkpoint from another.
     """
 
     project: str
@@ -52,15 +52,29 @@ READERS: Mapping[str, str] = {
 }
 
 
+# The same by `model_type` of its config.json, for models that no class of transformers has.
+MODEL_TYPES: Mapping[str, str] = {"qwen": "qwen_vl"}
+
+
 def project(directory: Path) -> str | None:
-    """The project that wrote `directory`; None when it holds none of the files in `READERS`.
+    """The project that wrote `directory`; None when it holds none of the files in `READERS` and no config.json of a
+    type in `MODEL_TYPES`.
 
     Raises CheckpointError when its files are those of two projects.
     """
     found = {READERS[name]: name for name in READERS if (directory / name).is_file()}
     if len(found) > 1:
         raise CheckpointError(f"{directory} holds {' and '.join(found.values())}, which are of two projects; keep one")
-    return next(iter(found), None)
+    return next(iter(found), None) or _project_of_config(directory / CONFIG)
+
+
+def _project_of_config(file: Path) -> str | None:
+    try:
+        raw = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None  # whoever reads it next says what is wrong
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    return MODEL_TYPES.get(kind) if isinstance(kind, str) else None
 
 
 def find(directory: Path) -> Reader | None:
@@ -70,6 +84,22 @@ def find(directory: Path) -> Reader | None:
         return None
     reader: Reader = import_module(f".{name}", __package__).read
     return reader
+
+
+def find_config(directory: Path) -> dict[str, Any] | None:
+    """The `config.json` that transformers would write for `directory`; None for transformers' own.
+
+    Where the project's reader has a `read_config`, no weights need be there.
+    """
+    name = project(directory)
+    if name is None:
+        return None
+    reader = import_module(f".{name}", __package__)
+    if hasattr(reader, "read_config"):
+        config: dict[str, Any] = reader.read_config(directory)
+        return config
+    found: ForeignCheckpoint = reader.read(directory)
+    return found.config
 
 
 def transformers_model(checkpoint: VisionLanguageModel) -> Any:

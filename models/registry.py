@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import CheckpointError, InputError, UnsupportedError
+from ..errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -205,17 +205,6 @@ def _check(custom: CustomConnector, module: nn.Module, contract: StageContract) 
                 f"{custom} makes {came} of image_embeds {list(shape)}; its contract is torch.float32 {list(due)}: "
                 "correct the module or its `tokens`"
             )
-
-
-def refuse_remote_code(where: str, raw: dict[str, Any]) -> None:
-    """UnsupportedError for a config.json that asks for Python code from the checkpoint's directory."""
-    parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
-    if any(part.get("auto_map") for part in parts):
-        raise UnsupportedError(
-            f"{where}: auto_map asks to run Python code that comes with the checkpoint, and Bridgeport runs none, with "
-            "no flag to allow it; install that code as a package and register its connector (see "
-            "docs/custom-connectors.md), or remove auto_map if transformers knows the model itself"
-        )
 
 
 def _reason(error: Exception) -> str:

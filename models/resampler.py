@@ -89,14 +89,31 @@ class Resampler(nn.Module):
         self.ln_q = nn.LayerNorm(width, eps=EPS)
         self.ln_kv = nn.LayerNorm(width, eps=EPS)
         self.attn: nn.Module = PackedAttention(width, num_heads)
+        # Filled by `fold_constants`.
+        self.key_positions: Tensor | None
+        self.placed_queries: Tensor | None
+        self.register_buffer("key_positions", None, persistent=False)
+        self.register_buffer("placed_queries", None, persistent=False)
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """`image_embeds` `[B, N, Dv]`, `N` a square, to `[B, side * side, D]`."""
+        """`image_embeds` `[B, N, Dv]`, `N` a square, to `[B, Q, D]`; `Q` is `side * side`, or what was kept of it."""
         values = self.ln_kv(self.kv_proj(image_embeds))
-        keys = values + resize_positions(self.pos_embed, values.shape[1])
-        queries = (self.ln_q(self.query) + self.pos_embed)[None]
-        resampled: Tensor = self.attn(queries, keys, values)
+        positions = self.key_positions
+        keys = values + (resize_positions(self.pos_embed, values.shape[1]) if positions is None else positions)
+        queries = self.queries() if self.placed_queries is None else self.placed_queries
+        resampled: Tensor = self.attn(queries[None], keys, values)
         return resampled
+
+    def queries(self) -> Tensor:
+        """The learned queries with their positions, `[Q, D]`."""
+        placed: Tensor = self.ln_q(self.query) + self.pos_embed[: len(self.query)]
+        return placed
+
+    def keep_queries(self, count: int) -> None:
+        """From now on, compute the first `count` learned queries alone."""
+        self.query = nn.Parameter(self.query[:count].detach().clone())
+        if self.placed_queries is not None:
+            self.placed_queries = self.placed_queries[:count].clone()
 
 
 class ResamplerConnector(nn.Module):
@@ -119,6 +136,17 @@ def unpack_projections(connector: nn.Module) -> None:
     for module in connector.modules():
         if isinstance(module, Resampler) and isinstance(module.attn, PackedAttention):
             module.attn = module.attn.unpack().eval().requires_grad_(False)
+
+
+def fold_constants(connector: nn.Module, num_tokens: int) -> None:
+    """To be called once the weights are in: what no picture changes is then stored, and no graph computes it.
+
+    That is the queries with their positions, and the positions of `num_tokens` keys.
+    """
+    for module in connector.modules():
+        if isinstance(module, Resampler):
+            module.key_positions = resize_positions(module.pos_embed.detach(), num_tokens).contiguous()
+            module.placed_queries = module.queries().detach()
 
 
 def sine_positions(side: int, width: int) -> Tensor:

@@ -39,6 +39,7 @@ PROOFS = {
     "LlavaNextVideoForConditionalGeneration": Proof(
         "llava-next-video", "tests/runtime/test_families.py", "write_llava_next_video_checkpoint"
     ),
+    "QWenLMHeadModel": Proof("qwen-vl", "tests/runtime/test_families.py", "write_qwen_vl_checkpoint"),
     "Qwen2VLForConditionalGeneration": Proof("qwen2-vl", "tests/runtime/test_families.py", "write_qwen2_vl_checkpoint"),
     "Qwen2_5_VLForConditionalGeneration": Proof(
         "qwen2.5-vl", "tests/runtime/test_families.py", "write_qwen2_vl_checkpoint"

@@ -18,11 +18,16 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Directory in the Hugging Face layout.")],
     out: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Directory to write.")],
     precision: Annotated[
-        str, typer.Option(help="fp32, or int4: INT4 weights in the language model, FP32 elsewhere.")
+        str,
+        typer.Option(
+            help="fp32, fp16, int8 (encoder and connector, INT8 weights in the language model), int4 (weights of the "
+            "language model) or fp8 (tensorrt)."
+        ),
     ] = "fp32",
-    target: Annotated[str, typer.Option(help="What the bundle is made for; now cpu.")] = "cpu",
+    target: Annotated[str, typer.Option(help="What the bundle is made for: cpu, cuda or tensorrt.")] = "cpu",
     calibration: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Calibration data; no precision that is built now needs it.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Pictures to quantise with; see `bridgeport quantize`, which has more options."),
     ] = None,
     reduce_tokens: Annotated[
         str | None,
@@ -36,6 +41,14 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a directory that exists.")] = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickle weights too, with weights_only=True.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python code from the checkpoint directory (auto_map), with your rights, for config, tokenizer "
+            "and processor; only for checkpoints that you trust.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made and checked as JSON.")] = False,
 ) -> None:
@@ -66,6 +79,7 @@ def export(
             reduce_tokens=reduce_tokens,
             force=force,
             allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
             progress=status.update,
         )
     summary = summarize(bundle, time.perf_counter() - started)

@@ -80,13 +80,10 @@ def _known(name: str, known: KnownModel) -> Subject:
 
 def lay_out_known(known: KnownModel) -> Layout:
     """The stages of `known`, by the code that reads checkpoints."""
-    import transformers
-
     from ...models.families import FAMILIES
 
     family = FAMILIES[known.config["model_type"]]
-    make: Any = getattr(transformers, family.config_class)
-    return family.layout(known.architecture)(make.from_dict(known.config))
+    return family.layout(known.architecture)(family.config_type().from_dict(known.config))
 
 
 def _bundle(path: Path) -> Subject:
@@ -147,12 +144,12 @@ def _checkpoint(path: Path) -> Subject:
 
 
 def _freeze_image(path: Path, config: Any) -> ImageContract:
-    """MiniGPT-4's directories have no processor; their pictures are always treated alike."""
+    """The directories of MiniGPT-4 and Qwen-VL have no processor; their pictures are always treated alike."""
     from ...models.foreign import project
-    from ..foreign import minigpt4_image
+    from ..foreign import clip_image
     from ..processor import freeze_image_processor
 
-    return minigpt4_image(config) if project(path) == "minigpt4" else freeze_image_processor(path, config)
+    return clip_image(config) if project(path) in ("minigpt4", "qwen_vl") else freeze_image_processor(path, config)
 
 
 def _in_prompt(image: ImageContract, layout: Layout) -> ImageContract:

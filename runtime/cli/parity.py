@@ -15,6 +15,10 @@ def parity(
     image: Annotated[
         list[Path] | None, typer.Option("--image", help="Picture to compare on; may be given several times.")
     ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option("--video", help="Animated picture or directory of frames; may be given several times."),
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="Prompt to compare with; may be given several times.")
     ] = None,
@@ -27,6 +31,14 @@ def parity(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to compare.")] = 24,
     device: Annotated[str, typer.Option("--device", help="Where the bundle runs: cpu, cuda or cuda:N.")] = "cpu",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python code from the checkpoint directory (auto_map), with your rights, for config, tokenizer "
+            "and processor; only for checkpoints that you trust.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Hold every stage of a bundle against PyTorch, on PyTorch's input and chained; exit 1 when one diverges."""
@@ -42,9 +54,11 @@ def parity(
             reference,
             images=image or None,
             prompts=prompt or None,
+            videos=video or None,
             drill=drill,
             max_new_tokens=max_new_tokens,
             device=device,
+            trust_remote_code=trust_remote_code,
         )
     if html is not None:
         write_html(report, html)

@@ -34,6 +34,7 @@ _QUERIES = {
     "blip-2": "query_tokens",
     "instructblip": "query_tokens",
     "instructblip-video": "query_tokens",
+    "qwen-vl": "connector.attn_pool.query",
     "idefics2": "model.connector.perceiver_resampler.latents",
 }
 

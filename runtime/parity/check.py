@@ -11,33 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from ...bundle import Bundle, sha256
 from ...errors import DependencyError, InputError
-from ...image_contract import Frames, Tiling
-from ..processor import load_image
+from ...models.remote_code import remote_code
 from ..processor.instruction import InstructionTokenizer
-from ..processor.tiling.frames import choose_frames, load_video
 from .alter import describe
 from .audit import audit_epsilons, audit_int4_weights
+from .cases import choose_cases
 from .drill import DrillReport, GraphRun
 from .gates import FP32_LOGITS, ChosenGates, choose_gates
 from .locate import drill_into, llm_feeds, prompt_alone
 from .metrics import compare
 from .names import find_probes
-from .pictures import default_pictures, default_prompts, default_videos
 from .report import CaseReport, Measurement, ParityReport, StageReport
 from .stages import BundleStages, Case, Differences, run_chained, run_isolated
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ...models.checkpoint import VisionLanguageModel
+    from .cases import Source
     from .reference import Reference, ReferenceValues
 
-    # A picture; for a model of videos, a film or a list of its frames.
-    Source = str | Path | Image.Image | Sequence[str | Path | Image.Image]
 
 MAX_NEW_TOKENS = 24
-# Of a default video, where the model takes any number.
-DEFAULT_FRAMES = 3
 Reports = tuple[StageReport, ...]
 _VERSIONS = ("bridgeport", "onnxruntime", "torch", "transformers", "numpy", "pillow", "tokenizers")
 
@@ -48,19 +41,22 @@ def check_parity(
     *,
     images: Sequence[Source] | None = None,
     prompts: Sequence[str] | None = None,
+    videos: Sequence[Source] | None = None,
     drill: bool = False,
     max_new_tokens: int = MAX_NEW_TOKENS,
     device: str = "cpu",
     threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> ParityReport:
     """Run every stage of `bundle` against the same stage of `checkpoint` in transformers, FP32, on the CPU.
 
     Each stage runs isolated, fed PyTorch's input, and chained, fed what the bundle computed before; all cases
-    in one batch, so that padding and row positions are checked too. There is a case for each picture and each
-    prompt; the shorter list is repeated. `images`: files or Pillow pictures, default a set that tells resize
-    filters apart. `prompts`: default the empty one and a question. `drill`: inside the first stage that
-    diverges, find the first node that does. `device`, `threads`: where and how the bundle runs, as for
-    `Pipeline.load`.
+    in one batch, so that padding and row positions are checked too. There is a case for each picture, each video and
+    each prompt; the shorter list is repeated. `images`: files or Pillow pictures. `videos`: films, directories or lists
+    of frames. Where neither is given: a set that tells resize filters apart, and two videos for a bundle that takes
+    them. `prompts`: default the empty one and a question. `drill`: inside the first stage that diverges, find the
+    first node that does. `device`, `threads`: where and how the bundle runs, as for `Pipeline.load`.
+    `trust_remote_code`: run Python code that the checkpoint's directory holds for its config, tokenizer and processor.
 
     Raises BundleError, CheckpointError, InputError and their kin for what cannot be compared. A bundle that
     is not equal is no error: see `ParityReport.passed`.
@@ -69,20 +65,37 @@ def check_parity(
         raise InputError(f"max_new_tokens is {max_new_tokens}; accepted is 1 or more")
     _need_libraries()
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-    if loaded.manifest.score is not None:
-        from .score import check_score_parity
+    with remote_code(allowed=trust_remote_code):
+        if loaded.manifest.score is not None:
+            from .score import check_score_parity
 
-        if drill:
-            raise InputError(f"{loaded.path} scores pictures against texts; the drill knows bundles that generate")
-        pictures: Any = images  # lists of frames are for other bundles
-        return check_score_parity(loaded, checkpoint, images=pictures, texts=prompts, device=device, threads=threads)
-    gates = choose_gates(loaded.manifest)
-    cases = make_cases(images, prompts, loaded.manifest.image.tiling)
-    _check_instructions(loaded, cases)
+            if drill:
+                raise InputError(f"{loaded.path} scores pictures against texts; the drill knows bundles that generate")
+            if videos:
+                raise InputError(f"{loaded.path} scores pictures against texts; it takes no videos")
+            pictures: Any = images  # lists of frames are for other bundles
+            return check_score_parity(
+                loaded, checkpoint, images=pictures, texts=prompts, device=device, threads=threads
+            )
+        cases = choose_cases(loaded.manifest, images, videos, prompts)
+        return _check_generation(loaded, checkpoint, cases, drill, max_new_tokens, device, threads)
 
+
+def _check_generation(
+    loaded: Bundle,
+    checkpoint: str | Path,
+    cases: Sequence[Case],
+    drill: bool,
+    max_new_tokens: int,
+    device: str,
+    threads: int | None,
+) -> ParityReport:
+    """`check_parity` of a bundle that generates."""
     from ..pipeline import Pipeline
     from .reference import Reference
 
+    gates = choose_gates(loaded.manifest)
+    _check_instructions(loaded, cases)
     reference = Reference.load(checkpoint, loaded.manifest.reduction)
     _check_same_shapes(loaded, reference)
     values = [reference.run(case.image, case.prompt, max_new_tokens) for case in cases]
@@ -127,7 +140,7 @@ class _Check:
             graph = onnx.load(str(self.bundle.graph(stage)), load_external_data=False).graph
             found[stage] = audit_epsilons(graph, find_probes(stage, graph, manifest, self.reference), model)
         if manifest.stage("llm").precision == "int4" and prompt_alone(manifest):
-            found["llm"] += audit_int4_weights(self.bundle.graph("llm"), model.language_model)
+            found["llm"] += audit_int4_weights(self.bundle.graph("llm"), self.reference.decoder())
         names = {"encoder": "encoder", "connector": "connector", "first_logits": "llm"}
         return tuple(
             replace(report, findings=found[names[report.name]]) if report.name in names else report
@@ -210,32 +223,6 @@ def _check_same_shapes(bundle: Bundle, reference: Reference) -> None:
         )
 
 
-def make_cases(
-    images: Sequence[Source] | None, prompts: Sequence[str] | None, tiling: Tiling | None = None
-) -> list[Case]:
-    """Pair pictures with prompts, the shorter list repeated. Raises InputError for what is no picture.
-
-    `tiling`: the bundle's; for one of videos each entry of `images` is a film or a list of frames.
-    """
-    if images is not None and not images:
-        raise InputError("images is empty; give at least one picture, or None for the default ones")
-    if prompts is not None and not prompts:
-        raise InputError('prompts is empty; give at least one (may be ""), or None for the default ones')
-    pictures: Sequence[tuple[str, Image.Image | list[Image.Image]]]
-    if isinstance(tiling, Frames):
-        frames = tiling.frames or tiling.sample or DEFAULT_FRAMES
-        pictures = default_videos(frames) if images is None else [_open_video(source, tiling) for source in images]
-    else:
-        pictures = default_pictures() if images is None else [_open(source) for source in images]
-    texts = default_prompts() if prompts is None else list(prompts)
-    cases = []
-    for index in range(max(len(pictures), len(texts))):
-        name, image = pictures[index % len(pictures)]
-        prompt = texts[index % len(texts)]
-        cases.append(Case(f"case {index + 1}", name, image, prompt))
-    return cases
-
-
 def _check_instructions(bundle: Bundle, cases: Sequence[Case]) -> None:
     """InputError for a prompt that the connector cannot read; transformers would stop with a traceback."""
     contract = None if bundle.manifest.prompt is None else bundle.manifest.prompt.instruction
@@ -258,32 +245,6 @@ def _check_length(bundle: Bundle, values: Sequence[ReferenceValues], max_new_tok
             f"a prompt has {longest} tokens (the picture's included) and max_new_tokens is {max_new_tokens}, but the "
             f"context holds {context}; shorten the prompt or ask for fewer tokens"
         )
-
-
-def _open_video(source: Source, tiling: Frames) -> tuple[str, list[Image.Image]]:
-    """The frames as transformers gets them: those of a list keep their modes."""
-    if isinstance(source, list | tuple):
-        frames = [_open(source[index])[1] for index in choose_frames(len(source), tiling)]
-        return f"video of {len(frames)} frames", frames
-    name = Path(source).name if isinstance(source, str | Path) else "video"
-    frames = load_video(source, tiling)
-    return f"{name}, {len(frames)} frames", frames
-
-
-def _open(source: Any) -> tuple[str, Image.Image]:
-    """The picture as transformers gets it: upright, its mode kept. Refused is what the run time refuses."""
-    from PIL import Image, ImageOps
-
-    load_image(source)
-    if isinstance(source, Image.Image):
-        return _describe("picture", source), ImageOps.exif_transpose(source)
-    with Image.open(source) as image:
-        image.load()
-        return _describe(Path(source).name, image), ImageOps.exif_transpose(image)
-
-
-def _describe(name: str, image: Image.Image) -> str:
-    return f"{name}, {image.width}x{image.height} {image.mode}"
 
 
 def _stage_reports(

@@ -13,6 +13,7 @@ from ...errors import BridgeportError
 from ...manifest import ImageStep, Manifest, Normalize, Rescale, Resize
 from ..processor import load_image, preprocess_image
 from ..processor.image import FILTERS
+from ..sources import Video
 from .drill import DrillReport, Step, drill_graph
 from .gates import FP32, FP32_LOGITS, PIXELS, STAGES
 from .metrics import compare, compare_ids
@@ -52,6 +53,8 @@ def drill_into(
         return DrillReport(stage, None, None, 0, note=note)
     entry = next(entry for entry in STAGES if entry.name == stage)
     computed_by = entry.computed_by or ""
+    if stage == "connector" and isinstance(case.image, Video) and "video_connector" in stages.names:
+        computed_by = "video_connector"
     feeds = _feeds(stage, bundle.manifest, reference, values)
     if stage == "connector":
         feeds = {**stages.prepare([case])[0].tensors, **feeds}
@@ -122,7 +125,7 @@ def _reference_run(stage: str, reference: Reference, case: Case, feeds: Feeds) -
 
 def drill_pixels(manifest: Manifest, reference: Reference, case: Case) -> DrillReport:
     """The first preprocessing step after which the picture is not the checkpoint's own processor's."""
-    if manifest.image.tiling.kind != "whole" or isinstance(case.image, list):
+    if manifest.image.tiling.kind != "whole" or isinstance(case.image, list | Video):
         return DrillReport("pixels", None, None, 0, note="a picture that is cut into tiles is compared as a whole only")
     steps = manifest.image.steps
     before: Step | None = None

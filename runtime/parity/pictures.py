@@ -7,6 +7,8 @@ normalisation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from PIL import Image
 
 from ...models.small.pictures import held_out
@@ -32,6 +34,17 @@ def default_videos(frames: int) -> list[tuple[str, list[Image.Image]]]:
     pictures = [picture for _, picture in default_pictures()]
     videos = [[pictures[(start + step) % len(pictures)] for step in range(frames)] for start in (0, 2)]
     return [(f"{frames} frames, the first {video[0].width}x{video[0].height}", video) for video in videos]
+
+
+def default_films(lengths: Sequence[int]) -> list[tuple[str, list[Image.Image]]]:
+    """(description, frames) of one video for each length: a window that moves over a scene, so all of one size."""
+    films = []
+    for place, frames in enumerate(lengths):
+        scene = held_out(4)[place % 4].image.convert("RGB")
+        width, height = scene.width - 3 * frames, scene.height - 2 * frames - place
+        film = [scene.crop((3 * step, 2 * step, 3 * step + width, 2 * step + height)) for step in range(frames)]
+        films.append((f"{frames} frames, {width}x{height}", film))
+    return films
 
 
 def default_prompts() -> list[str]:

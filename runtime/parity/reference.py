@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError, UnsupportedError
+from ..sources import Video
 from .alter import fit_placeholders, placeholder_counts, use_custom_connector, use_reduction
 from .patches import group_patches
-from .taps import TAPS, Taps, tapped
+from .taps import TAPS, VIDEO_TAPS, Taps, tapped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,14 +100,15 @@ class Reference:
         """Where the model's values are."""
         return TAPS[self.checkpoint.kind]
 
-    def run(self, image: Image.Image | list[Image.Image], prompt: str, max_new_tokens: int) -> ReferenceValues:
+    def run(self, image: Image.Image | list[Image.Image] | Video, prompt: str, max_new_tokens: int) -> ReferenceValues:
         """One picture (or video) with one prompt, batch 1, without padding."""
-        with tapped(self.model, self.taps) as seen:
+        video = isinstance(image, Video)
+        with tapped(self.model, VIDEO_TAPS.get(self.checkpoint.kind, self.taps) if video else self.taps) as seen:
             inputs, outputs = self.forward(image, prompt)
         if "image_grid_thw" in inputs:
             seen = group_patches(seen, inputs["image_grid_thw"], self.model.config.vision_config)
         ids = inputs["input_ids"][0].tolist()
-        image_token = self._image_token()
+        image_token = int(self.model.config.video_token_id) if video else self._image_token()
         return ReferenceValues(
             pixel_values=array(seen["pixel_values"]),
             input_ids=ids,
@@ -117,16 +120,19 @@ class Reference:
             token_ids=self._generate(inputs, ids, max_new_tokens),
         )
 
-    def forward(self, image: Image.Image | list[Image.Image], prompt: str) -> tuple[Any, Any]:
+    def forward(self, image: Image.Image | list[Image.Image] | Video, prompt: str) -> tuple[Any, Any]:
         """The processor's output for one picture (or video) and prompt, and the model's for that."""
         import torch
 
-        if self.checkpoint.kind in ("blip-2", "instructblip", "instructblip-video"):
+        if self.checkpoint.kind in ("blip-2", "instructblip", "instructblip-video", "qwen-vl"):
             inputs = self.processor(images=image, text=prompt, return_tensors="pt")
         elif self.checkpoint.kind == "flamingo":
             inputs = self.processor(text=[[image, prompt]], return_tensors="pt")
+        elif isinstance(image, Video):
+            text, options = self._turn(prompt, "video")
+            inputs = self._video_processor(videos=[image.source], text=[text], return_tensors="pt", **options)
         else:
-            text, options = self._turn(prompt)
+            text, options = self._turn(prompt, "image")
             inputs = self.processor(images=[image], text=[text], return_tensors="pt", **options)
         if self._counts is not None:
             inputs = fit_placeholders(inputs, self._image_token(), self._counts)
@@ -140,11 +146,20 @@ class Reference:
             return int(self.processor.image_token_id)
         return int(config.image_token_id if hasattr(config, "image_token_id") else config.video_token_id)
 
-    def _turn(self, prompt: str) -> tuple[str, dict[str, Any]]:
-        """One user turn with a picture as transformers renders it, and the tokenizer's options that go with it."""
+    @cached_property
+    def _video_processor(self) -> Any:
+        """The processor for videos as lists of frames, which run through transformers' Pillow processor."""
+        from ...export.video import load_video_processor
+
+        return load_video_processor(self.checkpoint.path, self.checkpoint.config)
+
+    def _turn(self, prompt: str, kind: str) -> tuple[str, dict[str, Any]]:
+        """One user turn with a picture ("image") or video ("video") as transformers renders it, and the tokenizer's
+        options that go with it.
+        """
         if not getattr(self.processor, "chat_template", None):
-            return f"{self.processor.image_token}\n{prompt}", {}
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            return f"{getattr(self.processor, f'{kind}_token')}\n{prompt}", {}
+        content = [{"type": kind}, {"type": "text", "text": prompt}]
         turn = [{"role": "user", "content": content}]
         text: str = self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         bos = self.processor.tokenizer.bos_token
@@ -200,9 +215,9 @@ class Reference:
         """Give the language model the weights that the 4-bit graph `decoder` holds, for good."""
         from ...export.llm.dequantize import dequantize_into
 
-        dequantize_into(self._decoder(), decoder)
+        dequantize_into(self.decoder(), decoder)
 
-    def _decoder(self) -> Any:
+    def decoder(self) -> Any:
         """The language model with its head, its modules named as in transformers' causal language model."""
         from torch import nn
 
@@ -247,6 +262,7 @@ def _load(checkpoint: Path, architecture: str) -> tuple[Any, Any]:
     from ...export.checkpoint_processor import load_processor
     from ...export.processor_of_frames import takes_frames
     from ...export.processor_without_video import takes_videos
+    from ...models.remote_code import loader_options
 
     make: Any = getattr(transformers, architecture)
     make_processor: Any = transformers.AutoProcessor
@@ -255,8 +271,7 @@ def _load(checkpoint: Path, architecture: str) -> tuple[Any, Any]:
         if takes_videos(checkpoint) or takes_frames(checkpoint):
             processor = load_processor(checkpoint)
         else:
-            options = {"local_files_only": True, "trust_remote_code": False}
-            processor = make_processor.from_pretrained(checkpoint, backend="pil", **options)
+            processor = make_processor.from_pretrained(checkpoint, backend="pil", **loader_options())
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"transformers cannot load {checkpoint} ({' '.join(str(error).split())[:200]}); give the directory that "

@@ -19,7 +19,8 @@ from ...errors import BridgeportError, CheckpointError, InputError
 from ..processor import load_image, prepare_picture
 from ..score import Scorer, cosines, score_contract, sigmoid, softmax
 from ..score_text import TextTensors
-from .check import _need_libraries, _versions, make_cases, same_checkpoint
+from .cases import make_cases
+from .check import _need_libraries, _versions, same_checkpoint
 from .gates import EXACT, FP32, FP32_LOGITS, PIXELS
 from .metrics import Difference, Gate, compare, compare_ids, unreached
 from .reference import _quiet_transformers, array
@@ -115,6 +116,7 @@ class ScoreReference:
         import transformers
 
         from ...models import load_checkpoint
+        from ...models.remote_code import loader_options
 
         found = load_checkpoint(checkpoint)
         if "text_encoder" not in found.contracts:
@@ -128,7 +130,7 @@ class ScoreReference:
         try:
             with _quiet_transformers():
                 model = make.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True, **options)
-                processor = processors.from_pretrained(checkpoint, backend="pil", trust_remote_code=False, **options)
+                processor = processors.from_pretrained(checkpoint, backend="pil", **loader_options())
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"transformers cannot load {checkpoint} ({' '.join(str(error).split())[:200]}); give the directory "

@@ -28,11 +28,14 @@ Differences = dict[str, list[Difference]]
 
 @dataclass(frozen=True)
 class Case:
-    """One picture, upright but in its own mode, or the frames of a video, with one prompt; `picture` describes it."""
+    """One picture, upright but in its own mode, or a video, with one prompt; `picture` describes it.
+
+    A video is a list of frames for a model that takes nothing else, and a `Video` for others.
+    """
 
     label: str
     picture: str
-    image: Any  # Image.Image, or a list of them
+    image: Any  # Image.Image, a list of them, or a Video of such a list
     prompt: str
 
 
@@ -45,6 +48,11 @@ class BundleStages:
         # Of the prompts that were merged last: positions follow from prompts, and embeddings do not tell them.
         self._more: StepInputs | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The bundle's stages."""
+        return tuple(self._engines)
+
     def prepare(self, cases: Sequence[Case]) -> list[PictureTensors]:
         """Each picture as the encoder takes it, with what the connector reads of its prompt."""
         return [self._pipeline.instruct(self._pipeline.prepare_picture(case.image), case.prompt) for case in cases]
@@ -53,7 +61,7 @@ class BundleStages:
         """Token ids and image positions of each prompt with its picture."""
         tokenizer, contract = self._pipeline.tokenizer, self._pipeline.prompt
         return [
-            tokenize_prompt(tokenizer, contract, prompt, [picture.pieces])
+            tokenize_prompt(tokenizer, contract, prompt, [picture.pieces], videos=[0] if picture.video else ())
             for prompt, picture in zip(prompts, pictures, strict=True)
         ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -80,6 +80,15 @@ _INTERNVL = Taps(
     language="model.language_model",
 )
 
+# A composition of ours, export/qwen_vl_reference.py.
+_FIRST_QWEN_VL = Taps(
+    pixels="vision_model",
+    image_embeds=Tap("vision_model", "output"),
+    image_features=Tap("connector", "output"),
+    language="language_model",
+    text_model="language_model",
+)
+
 # Model kind (`Layout.kind`) -> its taps.
 TAPS: dict[str, Taps] = {
     "blip-2": _BLIP_2,
@@ -94,8 +103,13 @@ TAPS: dict[str, Taps] = {
     "idefics3": _IDEFICS_2_3,
     "smolvlm": _IDEFICS_2_3,
     "internvl": _INTERNVL,
+    "qwen-vl": _FIRST_QWEN_VL,
     "qwen2-vl": _QWEN_VL,
     "qwen2.5-vl": _QWEN_VL,
+}
+# The same for the frames of a video, where they go another way: LLaVA-NeXT-Video pools them before it projects.
+VIDEO_TAPS: dict[str, Taps] = {
+    "llava-next-video": replace(_LLAVA, image_embeds=Tap("model.vision_resampler", "input")),
 }
 
 

@@ -17,6 +17,7 @@ Pieces = Sequence[str | int]
 _MARKS = re.compile(r"\{(images|prompt)\}")
 IMAGE_MARK = "{image}"
 VIDEO_MARK = "{video}"
+NUMBER_MARK = "{number}"
 
 
 class EncodedPrompt(NamedTuple):
@@ -66,7 +67,7 @@ def tokenize_prompt(
             )
     _check_pictures(contract, prompt, len(pictures), interleave)
     prompt = _strip(prompt, contract.strip, interleave)
-    images = [_wrap(contract, pieces, video=place in videos) for place, pieces in enumerate(pictures)]
+    images = [_wrap(contract, pieces, place, video=place in videos) for place, pieces in enumerate(pictures)]
     segments = contract.segments if pictures else contract.text_only or contract.segments
     wanted = sum(_count(pieces) for pieces in pictures)
     ids: list[int] = []
@@ -125,10 +126,15 @@ def _placeholders(contract: PromptContract) -> dict[str, int]:
     return {contract.placeholder: contract.image_token_id} | ({video.placeholder: video.token_id} if video else {})
 
 
-def _wrap(contract: PromptContract, pieces: Pieces, *, video: bool) -> str:
-    """What stands for one picture or video in the text. Raises BundleError where the contract has no video token."""
+def _wrap(contract: PromptContract, pieces: Pieces, place: int, *, video: bool) -> str:
+    """What stands for one picture or video in the text; `place` is how many came before it.
+
+    Raises BundleError where the contract has no video token.
+    """
     if not video:
-        return contract.image.replace(IMAGE_MARK, _spell(pieces, contract.placeholder))
+        return contract.image.replace(NUMBER_MARK, str(place + 1)).replace(
+            IMAGE_MARK, _spell(pieces, contract.placeholder)
+        )
     if contract.video is None:
         raise BundleError("a video came, and the prompt contract has no token for one; export the bundle again")
     return contract.video.text.replace(VIDEO_MARK, _spell(pieces, contract.video.placeholder))

@@ -189,6 +189,11 @@ def staged_directory(out: str | Path, *, force: bool = False, protect: tuple[Pat
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_output(out: str | Path, *, force: bool = False, protect: tuple[Path, ...] = ()) -> None:
+    """Raise OutputError now for what `staged_directory` would refuse, before a long job is begun."""
+    _check_target(Path(os.path.abspath(out)), force=force, protect=protect)  # noqa: PTH100 - as `staged_directory`
+
+
 def _check_target(target: Path, *, force: bool, protect: tuple[Path, ...]) -> None:
     if not (target.exists() or target.is_symlink()):
         return

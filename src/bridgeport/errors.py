@@ -11,6 +11,7 @@
     ├── UnsupportedError            a model, precision, target or device that is not built yet
     ├── DependencyError             a library that this verb needs is missing or too old
     ├── ExportError                 a graph that did not come out as it must
+    ├── CalibrationError            calibration data, or an activation that no range can be made of
     ├── EngineError                 an engine that does not load or run
     └── OutputError                 a result that could not be written
     CheckFailed                     exit 1: everything ran, and a check (parity, preflight, gate) did not pass
@@ -57,6 +58,10 @@ class DependencyError(BridgeportError):
 
 class ExportError(BridgeportError):
     """An exported graph that misses one of its assertions (axes, operators, constants, parity)."""
+
+
+class CalibrationError(BridgeportError):
+    """Calibration data that is too little or unreadable, or activations (NaN, infinite) that have no range."""
 
 
 class EngineError(BridgeportError):

@@ -30,6 +30,7 @@ from .score_contract import ScoreContract
 __all__ = [
     "CONFIG_FILE",
     "SCHEMA_VERSION",
+    "CalibrationRecord",
     "CenterCrop",
     "CheckpointRecord",
     "FileRecord",
@@ -40,14 +41,17 @@ __all__ = [
     "InstructionContract",
     "Manifest",
     "Normalize",
+    "Precision",
     "PromptContract",
     "PromptSegment",
+    "QuantizationRecord",
     "Reduction",
     "Rescale",
     "Resize",
     "ResizeShortest",
     "ScoreContract",
     "StageRecord",
+    "Target",
     "TextSegment",
     "Tiling",
     "VideoPlaceholder",
@@ -55,6 +59,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+Precision = Literal["fp32", "fp16", "fp8", "int8", "int4"]
+Target = Literal["cpu", "cuda", "tensorrt"]
 # The checkpoint's config.json, kept in the bundle.
 CONFIG_FILE = "checkpoint/config.json"
 
@@ -67,19 +73,49 @@ class FileRecord(Record):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class QuantizationRecord(Record):
+    """How a stage came to its precision, enough to do it again.
+
+    `scheme`: the form that it has in the graph ("dynamic-s8", "qdq-u8s8", "qdq-s8s8", "fp16", "nbits-4", ...).
+    `observer`: what chose the ranges of activations, None where none are frozen. `observations`: SHA-256 over graph,
+    data and settings, the key of the observed values. `smoothed`: group -> alpha of SmoothQuant. `kept`: layers that
+    stay in a finer precision -> why.
+    """
+
+    scheme: str
+    observer: str | None = None
+    samples: int = 0
+    observations: str | None = None
+    smoothed: dict[str, float] = Field(default_factory=dict)
+    kept: dict[str, str] = Field(default_factory=dict)
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class CalibrationRecord(Record):
+    """What a bundle was quantised with: the FP32 bundle's manifest and the pictures, by SHA-256, and the seed."""
+
+    source: str
+    data: str
+    pictures: int
+    held_out: int
+    seed: int
+
+
 class StageRecord(Record):
     """One stage: its contract, the graph file that computes it and how that was made."""
 
     contract: StageContract
     file: str
     format: Literal["onnx"] = "onnx"
-    precision: Literal["fp32", "fp16", "int8", "int4"]
+    precision: Precision
     opset: int
     toolchain: dict[str, str] = Field(default_factory=dict)
     # Graphs that share the stage's weights and give more outputs, by purpose ("attention").
     variants: dict[str, str] = Field(default_factory=dict)
     # Learned vectors that the run time places itself, by name, as .npy files ("image_newline").
     vectors: dict[str, str] = Field(default_factory=dict)
+    # None for a stage in FP32, and for one that was exported in its precision.
+    quantization: QuantizationRecord | None = None
 
 
 class ImageSegment(Record):
@@ -134,8 +170,8 @@ class PromptContract(Record):
     """Prompt and pictures -> token ids, and where the image features go.
 
     `segments`: a prompt with pictures; `text_only`: one without, None where the model takes no such prompt.
-    `image`: what stands in a text for one picture, around the `{image}` that its tiling expands to; `{images}` is that
-    for every picture, `between` in between. `boundary`: the text around pictures of which two in a row are one, and
+    `image`: what stands in a text for one picture, around the `{image}` that its tiling expands to (`{number}`: the
+    picture's, from 1); `{images}` is that for every picture, `between` in between. `boundary`: the text around pictures of which two in a row are one, and
     which a letter does not follow without `boundary_gap` (Idefics2: a space; Idefics: nothing). `strip`: characters
     that are taken off both ends of every text before, between and behind pictures.
 
@@ -190,7 +226,7 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
     bridgeport_version: str
     model_kind: str
-    target: Literal["cpu", "cuda", "tensorrt"]
+    target: Target
     checkpoint: CheckpointRecord
     stages: tuple[StageRecord, ...]
     image: ImageContract
@@ -211,6 +247,8 @@ class Manifest(Record):
     reduction: Reduction | None = None
     # The name of a connector from outside this package, in the place of the architecture's own.
     custom_connector: str | None = None
+    # None in a bundle that `export` wrote.
+    calibration: CalibrationRecord | None = None
     files: tuple[FileRecord, ...] = ()
     # Results of checks, as they were printed when the bundle was made: {"export": {...}, "parity": {...}}.
     checks: dict[str, Any] = Field(default_factory=dict)

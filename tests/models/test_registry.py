@@ -15,7 +15,7 @@ from tests.checkpoints import write_blip2_checkpoint
 from tests.checkpoints_llava import write_llava_checkpoint
 from torch import Tensor, nn
 
-from bridgeport.errors import CheckpointError, InputError, UnsupportedError
+from bridgeport.errors import CheckpointError, InputError
 from bridgeport.models import load_checkpoint, register_connector, registry
 
 LLAVA = ["LlavaForConditionalGeneration"]
@@ -231,23 +231,3 @@ def test_another_architecture(llava: Path, tmp_path: Path) -> None:
         register_connector("clip", architectures=["CLIPModel"], tokens=1)
     with pytest.raises(InputError, match=r"the name is taken by connector 'mine' \(.*Narrow\)"):
         register_connector("mine", architectures=LLAVA, tokens=1)(Baked)
-
-
-@pytest.mark.parametrize("model_type", ["llava", "never_heard_of"])
-def test_code_that_comes_with_a_checkpoint_is_refused(llava: Path, tmp_path: Path, model_type: str) -> None:
-    checkpoint = with_connector(llava, tmp_path / "checkpoint", None)
-    config = json.loads((checkpoint / "config.json").read_text())
-    config |= {"model_type": model_type, "auto_map": {"AutoModel": "modeling_x.X"}}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    (checkpoint / "modeling_x.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(UnsupportedError, match=r"auto_map asks to run Python code .* with no flag to allow it"):
-        load_checkpoint(checkpoint)
-
-
-def test_code_that_a_part_of_the_config_asks_for_is_refused(llava: Path, tmp_path: Path) -> None:
-    checkpoint = with_connector(llava, tmp_path / "checkpoint", None)
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["text_config"]["auto_map"] = {"AutoModel": "modeling_x.X"}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="auto_map asks to run Python code"):
-        load_checkpoint(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from tests.checkpoints_idefics3 import write_idefics3_checkpoint
 from tests.checkpoints_internvl import write_internvl_checkpoint
 from tests.checkpoints_llava_video import write_llava_next_video_checkpoint, write_llava_onevision_checkpoint
 from tests.checkpoints_qwen2_vl import write_qwen2_vl_checkpoint
+from tests.checkpoints_qwen_vl import write_qwen_vl_checkpoint
 from tests.checkpoints_t5 import T5_CONFIGS, write_blip2_t5_checkpoint
 
 import bridgeport.export.checkpoint as export
+from bridgeport.bundle import Bundle
 from bridgeport.export import export_checkpoint
 from bridgeport.runtime import Pipeline, check_parity
+from bridgeport.runtime.parity.stages import BundleStages
 
 NEW_TOKENS = 5
 # Stage values against PyTorch's, by the RMS of PyTorch's value.
@@ -41,6 +45,7 @@ FAST: dict[str, Write] = {
     "t5": lambda path: write_blip2_t5_checkpoint(path, **T5_CONFIGS["flan"]),
     "minigpt4": lambda path: write_minigpt4_checkpoint(path, max_position_embeddings=512),
     "onevision": write_llava_onevision_checkpoint,
+    "qwen-vl, chat": lambda path: write_qwen_vl_checkpoint(path, chat=True),
 }
 SLOW: dict[str, Write] = {
     "idefics2, quarters, odd": lambda path: write_idefics2_checkpoint(path, splitting=True, tie=True, seed=4),
@@ -50,6 +55,13 @@ SLOW: dict[str, Write] = {
     "internvl, tied": lambda path: write_internvl_checkpoint(path, tie=True, max_tiles=6, seed=7),
     "next-video, pictures": write_llava_next_video_checkpoint,
     "onevision, clip": lambda path: write_llava_onevision_checkpoint(path, tower="clip", layer=-2, seed=8),
+    "qwen-vl": lambda path: write_qwen_vl_checkpoint(path, seed=1),
+    "qwen-vl, odd": lambda path: write_qwen_vl_checkpoint(
+        path, patch=5, image_size=33, queries=9, width=40, heads=5, hidden_size=256, vision_layers=3, seed=2
+    ),
+    "qwen-vl, one width": lambda path: write_qwen_vl_checkpoint(
+        path, chat=True, width=128, heads=2, patch=2, image_size=32, layers=3, shards=3, dtype="float16", seed=3
+    ),
     "qwen2-vl": lambda path: write_qwen2_vl_checkpoint(path, "2"),
     "qwen2-vl, tied, new names": lambda path: write_qwen2_vl_checkpoint(path, "2", tie=True, names="new", seed=9),
     "qwen2.5-vl, tied": lambda path: write_qwen2_vl_checkpoint(path, "2.5", tie=True, seed=10),
@@ -94,3 +106,26 @@ def test_every_stage_and_greedy_tokens_equal_transformers(
     assert [row.token_ids for row in rows] == [row.token_ids for row in alone]
     assert [list(row.token_ids) for row in rows] == [list(case.reference_ids) for case in report.cases]
     assert len({row.token_ids for row in rows}) > 1, "rows that answer alike prove nothing: choose another seed"
+    if bundle.manifest.video is not None:
+        check_videos(bundle, checkpoint, monkeypatch)
+
+
+def check_videos(bundle: Bundle, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity on videos of two lengths beside a picture, and with the frames of one turned round."""
+    films = [[picture(40, 31, 10 * count + frame) for frame in range(count)] for count in (3, 2)]
+    options: dict[str, Any] = {"images": PICTURES[:1], "videos": films, "prompts": PROMPTS, "threads": 1}
+    report = check_parity(bundle, checkpoint, max_new_tokens=NEW_TOKENS, **options)
+    assert report.passed, [(stage.name, stage.isolated.worst, stage.chained.worst) for stage in report.stages]
+    assert [case.picture for case in report.cases[1:]] == ["video of 3 frames", "video of 2 frames"]
+    assert all(stage.isolated.worst.max_rel <= LIMIT for stage in report.stages)
+    prepare = BundleStages.prepare
+
+    def turned(self: BundleStages, cases: Any) -> Any:
+        made = prepare(self, cases)
+        last = {name: tensor[::-1] for name, tensor in made[-1].tensors.items()}
+        return [*made[:-1], replace(made[-1], tensors=last)]
+
+    monkeypatch.setattr(BundleStages, "prepare", turned)
+    report = check_parity(bundle, checkpoint, max_new_tokens=1, **options)
+    assert report.first_divergence == "pixels"
+    assert {stage.name: stage.isolated.worst_case for stage in report.stages}["pixels"] == "case 3"

@@ -30,7 +30,7 @@ from bridgeport.image_contract import Frames
 from bridgeport.manifest import InstructionContract
 from bridgeport.models import load_checkpoint
 from bridgeport.runtime import Pipeline, check_parity
-from bridgeport.runtime.parity.check import make_cases
+from bridgeport.runtime.parity.cases import make_cases
 from bridgeport.runtime.processor.instruction import InstructionTokenizer
 from bridgeport.runtime.sources import Video
 
