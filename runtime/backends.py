@@ -10,7 +10,7 @@ from ..bundle import Bundle
 from ..errors import InputError
 from .engine import Engine
 
-BACKENDS = {"onnxruntime": "onnxruntime", "torch": "torch"}
+BACKENDS = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ import onnx_ir as ir
 from .base import GraphPass
 from .weights import constant
 
+# Name of the value that `PositionsFromMask` computes.
+POSITIONS = "positions/cut/output"
+
 
 class PositionsFromMask(GraphPass):
     """The input `position_ids` `[B, S]` is computed from `attention_mask` `[B, total]` and goes.

@@ -18,19 +18,22 @@ def derived_initializer(
     source: ir.TensorProtocol,
     compute: Callable[[Array], Array],
     shape: Sequence[int],
+    dtype: ir.DataType | None = None,
 ) -> ir.Value:
     """An initializer whose bytes are ``compute(source)`` each time that they are asked for.
 
     Nothing is held between reading the source and writing the result, so deriving costs one tensor and not one model.
+    ``dtype``: of the result; None for that of the source.
     """
     if name in model.graph.initializers:
         return model.graph.initializers[name]
+    kind = source.dtype if dtype is None else dtype
 
     def evaluate() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(compute(source.numpy())), name=name)
 
-    tensor = ir.LazyTensor(evaluate, dtype=source.dtype, shape=ir.Shape(shape), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(source.dtype), shape=ir.Shape(shape), const_value=tensor)
+    tensor = ir.LazyTensor(evaluate, dtype=kind, shape=ir.Shape(shape), name=name)
+    value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 

@@ -81,10 +81,10 @@ class Stopwatch:
 class BridgeportPeer:
     """A bundle through `Pipeline`'s engines."""
 
-    def __init__(self, source: Path, threads: int) -> None:
+    def __init__(self, source: Path, threads: int, *, engine: str = "onnxruntime") -> None:
         from ..pipeline import Pipeline
 
-        self._pipeline = Pipeline.load(source, threads=threads)
+        self._pipeline = Pipeline.load(source, threads=threads, engine=engine)
 
     def run(self, job: Job) -> Outputs:
         """One pass over the chain; the stop tokens are ignored, so that every pass is equally long."""
@@ -186,6 +186,9 @@ class PeerRecord:
 
 PEERS: dict[str, PeerRecord] = {
     "bridgeport": PeerRecord("Bridgeport", BridgeportPeer, "bundle"),
+    "openvino": PeerRecord(
+        "Bridgeport, OpenVINO", lambda path, threads: BridgeportPeer(path, threads, engine="openvino"), "bundle"
+    ),
     "torch": PeerRecord("PyTorch FP32", TorchPeer, "checkpoint"),
     "torch-bf16": PeerRecord(
         "PyTorch bf16", lambda path, threads: TorchPeer(path, threads, dtype="bfloat16"), "checkpoint"

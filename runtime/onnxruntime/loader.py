@@ -39,11 +39,14 @@ class Device:
         return [(PROVIDERS[self.type], {"device_id": str(self.index)}), PROVIDERS["cpu"]]
 
 
-def load_session(file: Path, device: Device, *, threads: int | None = None, repeated: bool = False) -> Any:
+def load_session(
+    file: Path, device: Device, *, threads: int | None = None, repeated: bool = False, fp8: bool = False
+) -> Any:
     """An `InferenceSession` of the graph `file`.
 
     `threads`: threads inside an operator, None for all cores. `repeated`: the graph runs again as soon as it has run
-    (a decode step), so its threads wait for work without sleeping.
+    (a decode step), so its threads wait for work without sleeping. `fp8`: the graph has FP8 pairs of QuantizeLinear and
+    DequantizeLinear, which ONNX Runtime would take for INT8 ones and fuse into operators that do not load.
 
     Raises DependencyError when ONNX Runtime or its provider for `device` is missing (it would fall back to the CPU
     silently), EngineError when the graph does not load.
@@ -56,6 +59,8 @@ def load_session(file: Path, device: Device, *, threads: int | None = None, repe
             f"{', '.join(ort.get_available_providers())}; install onnxruntime-gpu or use the device cpu"
         )
     options = _session_options(ort, device, threads, repeated=repeated)
+    if fp8:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = ort.InferenceSession(str(file), options, providers=device.providers)
     except onnxruntime_errors() as error:
@@ -77,6 +82,8 @@ def _session_options(ort: Any, device: Device, threads: int | None, *, repeated:
         # Every session has threads of its own. Without this they go on spinning when the run is over, on the cores that
         # the next stage's threads need.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Weights behind a DequantizeLinear: without this their products round activations to INT8 too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if device.type == "cpu":
         options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(SLOW_FUSIONS))
     return options

@@ -24,6 +24,7 @@ _ClickException: Any = typer.BadParameter.__mro__[2]
 VERBS = {
     "demo": "bridgeport.runtime.cli.demo",
     "export": "bridgeport.export.cli.export",
+    "quantize": "bridgeport.calibration.cli.quantize",
     "run": "bridgeport.runtime.cli.run",
     "score": "bridgeport.runtime.cli.score",
     "parity": "bridgeport.runtime.cli.parity",
