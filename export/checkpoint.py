@@ -47,8 +47,8 @@ def export_checkpoint(
 
     ``precision``: "fp32", or "int4" for INT4 weights in the language model with the other stages in FP32. Every other
     precision, and every target but "cpu", goes on to quantise (`calibration.quantize_bundle`, with its defaults) on the
-    pictures in ``calibration``. ``reduce_tokens``: "pool:S", "tome:R" or "queries:K", for a connector that gives fewer tokens
-    (see `models.reduction`). ``force``: replace a directory at `out`. ``trust_remote_code``: run Python code that the
+    pictures in ``calibration``. ``reduce_tokens``: "pool:S", "tome:R" or "queries:K", for a connector that gives fewer
+    tokens (see `models.reduction`). ``force``: replace a directory at `out`. ``trust_remote_code``: run Python code that the
     checkpoint's directory holds for its config, tokenizer and processor, with the rights of this process. ``progress``
     is called with a line before each step. Nothing is left at or beside `out` unless everything succeeded.
 
@@ -104,9 +104,9 @@ def _export_and_quantize(
         scratch = tempfile.TemporaryDirectory(prefix=f".{Path(out).name}.", suffix=".fp32", dir=place)
     with scratch:
         exact = export_checkpoint(checkpoint, Path(scratch.name) / "bundle", **options)
-        choices = QuantizeOptions(precision=aim[0], target=aim[1])
+        choices, protect = QuantizeOptions(precision=aim[0], target=aim[1]), (Path(checkpoint),)
         return quantize_bundle(
-            exact.path, out, calibration, choices, force=force, progress=options["progress"], protect=(Path(checkpoint),)
+            exact.path, out, calibration, choices, force=force, progress=options["progress"], protect=protect
         )
 
 

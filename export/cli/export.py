@@ -27,7 +27,7 @@ def export(
     target: Annotated[str, typer.Option(help="What the bundle is made for: cpu, cuda or tensorrt.")] = "cpu",
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Pictures to quantise with; see `bridgeport quantize`, which has more options."),
+        typer.Option(metavar="DIR", help="Pictures to quantise with; `bridgeport quantize` has more options."),
     ] = None,
     reduce_tokens: Annotated[
         str | None,

@@ -97,8 +97,9 @@ def _bundle_contestant(path: Path) -> Contestant:
             f"{path} scores pictures against texts ({manifest.model_kind}), and bench times generating; "
             "`bridgeport score --json` has the time of each stage"
         )
-    precision = manifest.stage("llm").precision.upper()
-    return Contestant(f"Bridgeport {precision}", "bridgeport", path)
+    vision, llm = (manifest.stage(stage).precision.upper() for stage in ("encoder", "llm"))
+    label = llm if vision in ("FP32", llm) else f"{vision}, {llm} LLM"
+    return Contestant(f"Bridgeport {label}", "bridgeport", path)
 
 
 def _job(bundle: Path, new_tokens: int) -> Job:

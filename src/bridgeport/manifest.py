@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .engine_record import EngineRecord
 from .image_contract import (
     CenterCrop,
     ImageContract,
@@ -33,6 +34,7 @@ __all__ = [
     "CalibrationRecord",
     "CenterCrop",
     "CheckpointRecord",
+    "EngineRecord",
     "FileRecord",
     "GenerationContract",
     "ImageContract",
@@ -106,7 +108,7 @@ class StageRecord(Record):
 
     contract: StageContract
     file: str
-    format: Literal["onnx"] = "onnx"
+    format: Literal["onnx", "tensorrt"] = "onnx"
     precision: Precision
     opset: int
     toolchain: dict[str, str] = Field(default_factory=dict)
@@ -116,6 +118,8 @@ class StageRecord(Record):
     vectors: dict[str, str] = Field(default_factory=dict)
     # None for a stage in FP32, and for one that was exported in its precision.
     quantization: QuantizationRecord | None = None
+    # The TensorRT engine that was built from `file`, where `format` says so.
+    engine: EngineRecord | None = None
 
 
 class ImageSegment(Record):
@@ -171,9 +175,10 @@ class PromptContract(Record):
 
     `segments`: a prompt with pictures; `text_only`: one without, None where the model takes no such prompt.
     `image`: what stands in a text for one picture, around the `{image}` that its tiling expands to (`{number}`: the
-    picture's, from 1); `{images}` is that for every picture, `between` in between. `boundary`: the text around pictures of which two in a row are one, and
-    which a letter does not follow without `boundary_gap` (Idefics2: a space; Idefics: nothing). `strip`: characters
-    that are taken off both ends of every text before, between and behind pictures.
+    picture's, from 1); `{images}` is that for every picture, `between` in between. `boundary`: the text around pictures
+    of which two in a row are one, and which a letter does not follow without `boundary_gap` (Idefics2: a space;
+    Idefics: nothing). `strip`: characters that are taken off both ends of every text before, between and behind
+    pictures.
 
     `placeholder`: the spelling of token `image_token_id` in the bundle's tokenizer. It is a secret: `image_token`, the
     checkpoint's own spelling, is ordinary text in a bundle, so what a user types is never taken for a picture.
