@@ -84,3 +84,18 @@ def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
     raise ValueError("a number is cut off or too long")
+
+
+def opset_imports(path: Path) -> set[str]:
+    """Domains of the operator sets that the ONNX file at `path` imports; "" is ai.onnx.
+
+    Raises ValueError when the file is not a well-formed protobuf message.
+    """
+    # ModelProto.opset_import 8, OperatorSetIdProto.domain 1.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        domains = set()
+        for field, begin, stop in _length_delimited(data, 0, len(data)):
+            if field == 8:
+                entry = {f: data[b:s] for f, b, s in _length_delimited(data, begin, stop)}
+                domains.add(entry.get(1, b"").decode("utf-8"))
+        return domains

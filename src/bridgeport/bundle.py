@@ -125,6 +125,8 @@ def _files_needed(manifest: Manifest) -> Iterator[str]:
     for stage in manifest.stages:
         yield stage.file
         yield from stage.variants.values()
+        if stage.engine is not None:
+            yield stage.engine.file
 
 
 def _verify_path(root: Path, record: FileRecord) -> None:

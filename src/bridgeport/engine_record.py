@@ -41,16 +41,17 @@ class MachineRecord(Record):
 
 
 class BuildOptions(Record):
-    """How engines are built; every default is stated here, none is left to a library.
+    """How engines are built.
 
-    `optimization_level`: 0 to 5, how long the builder searches. `workspace_mib`, `tactic_dram_mib`: memory pools, None
-    for TensorRT's own limit (all of the device; 75 % of a Jetson's memory for tactics). `tf32`: whether products of
-    FP32 may be rounded to TF32; off, since what is FP32 in a graph was left so for its accuracy (TensorRT's default is
-    on, Polygraphy's off). `hardware_compatibility`: a member of tensorrt.HardwareCompatibilityLevel. `strip`: plans
-    without weights, which are refitted from the ONNX file at load. `weight_streaming`: weights may stay on the host.
+    `optimization_level`: 0 to 5, how long the builder searches; None for the device's (3, less on small boards).
+    `workspace_mib`, `tactic_dram_mib`: memory pools, None for the device's or TensorRT's own limit (all of the device;
+    75 % of a Jetson's memory for tactics). `tf32`: whether products of FP32 may be rounded to TF32; off, since what is
+    FP32 in a graph was left so for its accuracy (TensorRT's default is on, Polygraphy's off).
+    `hardware_compatibility`: a member of tensorrt.HardwareCompatibilityLevel. `strip`: plans without weights, which
+    are refitted from the ONNX file at load. `weight_streaming`: weights may stay on the host.
     """
 
-    optimization_level: int = Field(default=3, ge=0, le=5)
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
     workspace_mib: int | None = Field(default=None, ge=1)
     tactic_dram_mib: int | None = Field(default=None, ge=1)
     tf32: bool = False
