@@ -55,8 +55,8 @@ class GateLimits:
 
 @dataclass(frozen=True)
 class StageVerdict:
-    """One stage that changed. Times are medians in milliseconds, None where this machine cannot time the target;
-    `slowdown` is the median of the ratios within rounds. `blame`: the layer at which the error grows most.
+    """One stage that changed. Times are the least of several rounds in milliseconds, None where they were not taken;
+    `slowdown` is the ratio of both. `blame`: the layer at which the error grows most.
     """
 
     stage: str

@@ -63,6 +63,10 @@ def quantize(
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep observed activations here, to resume and to use again.")
     ] = None,
+    save_inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Also keep the encoder's inputs here, to calibrate with them again."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a directory that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made and judged as JSON.")] = False,
 ) -> None:
@@ -94,6 +98,10 @@ def quantize(
     with console.status("starting") as status:
         from ..quantize import GateFailed, quantize_bundle
 
+        if save_inputs is not None:
+            from ..data_save import save_encoder_inputs
+
+            save_encoder_inputs(bundle, calibration, save_inputs, options, status.update)
         failed: GateFailed | None = None
         try:
             quantize_bundle(bundle, out, calibration, options, limits=limits, force=force, progress=status.update)
@@ -125,19 +133,26 @@ def _print(document: dict[str, Any]) -> None:
     console = Console()
     table = Table(title=f"Against FP32, on {document['pictures']} pictures that calibration did not see")
     table.title_justify = "left"
-    for column in ("stage", "precision", "worst token's cosine", "ms", "x the time of FP32", "worst layer", ""):
-        table.add_column(column, overflow="fold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("precision", no_wrap=True)
+    table.add_column("worst token's cosine", no_wrap=True)
+    table.add_column("ms, FP32 -> now", no_wrap=True)
+    table.add_column("")
     for one in document["stages"]:
+        times = "not timed"
+        if one["slowdown"] is not None:
+            times = f"{one['before_ms']:.1f} -> {one['after_ms']:.1f} (x {one['slowdown']:.2f})"
         table.add_row(
             one["stage"],
             one["precision"],
-            f"{one['min_token_cosine']:.5f} (least {one['min_cosine']:g})",
-            "not timed" if one["after_ms"] is None else f"{one['before_ms']:.1f} -> {one['after_ms']:.1f}",
-            "-" if one["slowdown"] is None else f"{one['slowdown']:.2f}",
-            one["blame"] or "-",
+            f"{one['min_token_cosine']:.4f}, least {one['min_cosine']:g}",
+            times,
             "[red]missed[/]" if one["failures"] else "[green]kept[/]",
         )
     console.print(table)
+    for one in document["stages"]:
+        if one["blame"] is not None:
+            console.print(f"{one['stage']}: {one['blame']} adds the largest error", markup=False, highlight=False)
     task = document["task"]
     if task is not None:
         console.print(
