@@ -36,23 +36,35 @@ class Device:
         """For `InferenceSession(providers=...)`."""
         if self.type == "cpu":
             return [PROVIDERS["cpu"]]
-        return [(PROVIDERS[self.type], {"device_id": str(self.index)}), PROVIDERS["cpu"]]
+        return self.providers_with({})
+
+    def providers_with(self, options: dict[str, str]) -> list[Any]:
+        """`providers` of a GPU, with more options of its provider."""
+        return [(PROVIDERS[self.type], {"device_id": str(self.index)} | options), PROVIDERS["cpu"]]
 
 
 def load_session(
-    file: Path, device: Device, *, threads: int | None = None, repeated: bool = False, fp8: bool = False
+    file: Path,
+    device: Device,
+    *,
+    threads: int | None = None,
+    repeated: bool = False,
+    fp8: bool = False,
+    providers: list[Any] | None = None,
 ) -> Any:
     """An `InferenceSession` of the graph `file`.
 
     `threads`: threads inside an operator, None for all cores. `repeated`: the graph runs again as soon as it has run
     (a decode step), so its threads wait for work without sleeping. `fp8`: the graph has FP8 pairs of QuantizeLinear and
-    DequantizeLinear, which ONNX Runtime would take for INT8 ones and fuse into operators that do not load.
+    DequantizeLinear, which ONNX Runtime would take for INT8 ones and fuse into operators that do not load. `providers`:
+    other execution providers than those of `device`, the one that must start first in front.
 
     Raises DependencyError when ONNX Runtime or its provider for `device` is missing (it would fall back to the CPU
     silently), EngineError when the graph does not load.
     """
     ort = import_onnxruntime()
-    provider = PROVIDERS[device.type]
+    providers = providers or device.providers
+    provider = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if provider not in ort.get_available_providers():
         raise DependencyError(
             f"device {device.type!r} needs {provider}, but onnxruntime {ort.__version__} here has only "
@@ -62,9 +74,13 @@ def load_session(
     if fp8:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        session = ort.InferenceSession(str(file), options, providers=device.providers)
+        # Else it tries other providers itself, and says so on stdout.
+        session = ort.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
     except onnxruntime_errors() as error:
-        raise EngineError(f"{file} does not load: {first_line(error)}; export the bundle again") from error
+        advice = "export the bundle again"
+        if device.type != "cpu":
+            advice = f"see `bridgeport doctor` for what {provider} lacks, use the device cpu, or {advice}"
+        raise EngineError(f"{file} does not load: {first_line(error)}; {advice}") from error
     if session.get_providers()[0] != provider:
         raise DependencyError(
             f"device {device.type!r}: {provider} did not start (a CUDA or cuDNN library is missing or too "

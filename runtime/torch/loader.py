@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from ...bundle import Bundle
 from ...errors import CheckpointError, DependencyError, InputError, UnsupportedError
+from ...models.contract import StageContract
 from ..backends import EngineOptions
 from ..engine import Engine
 from .runner import TorchEngine, TorchLanguageModel
@@ -30,27 +34,38 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
         raise DependencyError(
             f"the PyTorch engine needs torch ({error}); install it with `pip install 'bridgeport[export]'`"
         ) from error
-    from ...models import load_checkpoint
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = load_checkpoint(options.checkpoint)
-    if bundle.manifest.reduction is not None:
-        from ...models.reduction import reduce_tokens
-
-        model = reduce_tokens(model, bundle.manifest.reduction)
+    model = load_model(bundle, options.checkpoint)
     engines: dict[str, Engine] = {}
     for stage in bundle.manifest.stages:
         contract = stage.contract
-        if model.contracts.get(contract.name) != contract:
-            raise CheckpointError(
-                f"{options.checkpoint}: its stage {contract.name} is not that of the bundle (shapes or axes "
-                "differ); name the checkpoint that the bundle was exported from"
-            )
-        module = model.load_stage(contract.name)
+        module = load_module(model, contract, options.checkpoint)
         cache = bundle.manifest.kv_cache
         if contract.name == "llm" and cache is not None:
             engines["llm"] = TorchLanguageModel(contract, module, cache)
         else:
             engines[contract.name] = TorchEngine(contract, module)
     return engines
+
+
+def load_model(bundle: Bundle, checkpoint: Path) -> Any:
+    """The checkpoint's model, with the bundle's reduction of tokens. CheckpointError when it cannot be read."""
+    from ...models import load_checkpoint
+
+    model = load_checkpoint(checkpoint)
+    if bundle.manifest.reduction is None:
+        return model
+    from ...models.reduction import reduce_tokens
+
+    return reduce_tokens(model, bundle.manifest.reduction)
+
+
+def load_module(model: Any, contract: StageContract, checkpoint: Path) -> Any:
+    """The module of the bundle's stage `contract`. CheckpointError when `model` has it otherwise."""
+    if model.contracts.get(contract.name) != contract:
+        raise CheckpointError(
+            f"{checkpoint}: its stage {contract.name} is not that of the bundle (shapes or axes differ); name the "
+            "checkpoint that the bundle was exported from"
+        )
+    return model.load_stage(contract.name)
