@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-gpu lint format bench bench-memory bench-connectors small-model clean
+.PHONY: demo test test-all test-gpu test-jetson lint format bench bench-memory bench-connectors small-model clean
 
 demo: $(STAMP)
 	$(BIN)/bridgeport demo
@@ -17,6 +17,10 @@ test-all: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# On a board, whose Python has TensorRT: no virtual environment is made. See docs/testing-on-devices.md.
+test-jetson:
+	BRIDGEPORT_TEST_BUNDLE="$(BRIDGEPORT_TEST_BUNDLE)" $(PYTHON) -m pytest -s -m tensorrt tests/tensorrt/test_on_device.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -121,7 +121,7 @@ def choose_scheme(
     instruction_set = best_instruction_set()
     bits = 7 if instruction_set in SATURATING else 8
     names = _applicable(schemes, engine, has_ranges=ranges is not None)
-    open_graph, version = _engine(engine, threads)
+    open_graph, version = open_engine(engine, threads)
     runs: dict[str, Run] = {FLOAT32: open_graph(reference)}
     for name in names:
         tell(f"building {name}")
@@ -132,7 +132,7 @@ def choose_scheme(
             runs[name] = open_graph(file)
     cosines = _cosines(runs, inputs)
     tell(f"timing {', '.join(runs)}")
-    times = _race(runs, inputs[0], rounds)
+    times = race(runs, inputs[0], rounds)
     candidates = tuple(
         CpuCandidate(
             name,
@@ -174,7 +174,7 @@ def _applicable(schemes: Sequence[str] | None, engine: str, *, has_ranges: bool)
     return names
 
 
-def _engine(name: str, threads: int | None) -> tuple[Callable[[Path], Run], str]:
+def open_engine(name: str, threads: int | None) -> tuple[Callable[[Path], Run], str]:
     """What opens a graph, and its version."""
     if name == "openvino":
         from ..runtime.openvino.loader import compile_graph, import_openvino
@@ -216,7 +216,7 @@ def _cosines(runs: Mapping[str, Run], inputs: Sequence[Feed]) -> dict[str, float
     return worst
 
 
-def _race(runs: Mapping[str, Run], feed: Feed, rounds: int) -> dict[str, list[float]]:
+def race(runs: Mapping[str, Run], feed: Feed, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every graph in every round; the graphs take turns, each round from another one on."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -242,13 +242,15 @@ def quantize_for_cpu(job: StageJob, *, engine: str = "onnxruntime") -> StageReco
     Its speed hint is in the record's `details["speed_hint"]`. Raises what `choose_scheme` does, and CalibrationError
     for data that does not call the stage.
     """
+    from .auto import FloatLayers, hold_aside
+    from .auto_cpu import choose_cpu_layers
     from .smooth import smooth, values_to_watch
     from .stages import alphas, finish_stage, pixel_readers, updated
 
+    job, aside = hold_aside(job)
     model = ir.load(job.graph)
     infer_types(model)
     kept = {**pixel_readers(model), **job.keep}
-    keep = frozenset(kept)
     observations = job.observe(tuple(dict.fromkeys((*watch_cpu(model), *values_to_watch(model)))))
     smoothed = smooth(model, observations, observer=job.options.observer, settings=job.settings)
     ranges = smoothed.observations.ranges(job.options.observer)
@@ -258,12 +260,20 @@ def quantize_for_cpu(job: StageJob, *, engine: str = "onnxruntime") -> StageReco
     with tempfile.TemporaryDirectory(dir=job.staging, prefix=".cpu-") as folder:
         work = Path(folder)
         save_graph(smoothed.model, work / "smoothed.onnx")
-        choice = choose_scheme(
-            job.graph, inputs, ranges, work, graph=work / "smoothed.onnx", keep=keep, engine=engine,
-            min_cosine=job.min_cosine, say=lambda text: job.say(f"{job.name}: {text}"),
-        )  # fmt: skip
-        placement = PlaceCpu(choice.scheme, ranges, keep=keep, weight_bits=choice.weight_bits)
-        float_model = ir.load(work / "smoothed.onnx")
+        graph, layers = work / "smoothed.onnx", FloatLayers()
+
+        def choose(keep: frozenset[str], schemes: Sequence[str] | None = None) -> CpuChoice:
+            return choose_scheme(
+                job.graph, inputs, ranges, work, graph=graph, keep=keep, schemes=schemes, engine=engine,
+                min_cosine=job.min_cosine, say=lambda text: job.say(f"{job.name}: {text}"),
+            )  # fmt: skip
+
+        choice = choose(frozenset(kept))
+        if job.options.auto:
+            layers, choice = choose_cpu_layers(job, graph, ranges, choice, choose, frozenset(kept), aside, work)
+            kept |= layers.keep
+        placement = PlaceCpu(choice.scheme, ranges, keep=frozenset(kept), weight_bits=choice.weight_bits)
+        float_model = ir.load(graph)
         infer_types(float_model)
         finish_stage(job, float_model, [MatMulFromGemm(), placement])
     record = QuantizationRecord(
@@ -279,6 +289,7 @@ def quantize_for_cpu(job: StageJob, *, engine: str = "onnxruntime") -> StageReco
             "weight_bits": choice.weight_bits,
             "candidates": [asdict(one) for one in choice.candidates],
             "speed_hint": choice.hint().model_dump(mode="json"),
+            **layers.details,
         },
     )
     return updated(job, record, "int8")

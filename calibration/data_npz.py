@@ -20,6 +20,10 @@ from ..errors import InputError
 
 _READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _SUFFIX = ".npy"
+# What the tensors were made with, as SHA-256 in text; see `marks_of`. A file without them is taken as it is.
+CHECKPOINT_MARK, PROCESSOR_MARK = "bridgeport/checkpoint", "bridgeport/processor"
+MARKS = (CHECKPOINT_MARK, PROCESSOR_MARK)
+_MARK_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Header:
 
 
 class NpzFile:
-    """An open archive; `headers` by the names that its arrays were saved under.
+    """An open archive; `headers` by the names that its arrays were saved under, and `marks`: the hashes in `MARKS`.
 
     Raises InputError for what is no such archive, is cut off, or holds pickled objects (which are never loaded).
     """
@@ -41,10 +45,16 @@ class NpzFile:
         with self._errors():
             self._archive = zipfile.ZipFile(path)
         self.headers: dict[str, Header] = {}
+        self.marks: dict[str, str] = {}
         try:
             for member in self._archive.namelist():
                 with self._errors(), self._archive.open(member) as stream:
-                    self.headers[member.removesuffix(_SUFFIX)] = self._read_header(member, stream)
+                    name = member.removesuffix(_SUFFIX)
+                    header = self._read_header(member, stream)
+                    if name in MARKS:
+                        self.marks[name] = self._read_mark(name, header, stream)
+                    else:
+                        self.headers[name] = header
         except InputError:
             self._archive.close()
             raise
@@ -87,6 +97,15 @@ class NpzFile:
                 f"{self.path}: {name} is in Fortran order, accepted is C order; save np.ascontiguousarray(...) of it"
             )
         return Header(shape, dtype)
+
+    def _read_mark(self, name: str, header: Header, stream: IO[bytes]) -> str:
+        if header.shape != () or header.dtype.kind != "U" or header.dtype.itemsize > 4 * _MARK_LENGTH:
+            raise InputError(f"{self.path}: {name} is no hash; save the tensors again with `save_stage_inputs`")
+        data = stream.read(header.dtype.itemsize)
+        try:
+            return str(np.frombuffer(data, header.dtype)[0])
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{self.path}: {name} is cut off; copy the file again") from error
 
     def _read(self, name: str, stream: IO[bytes], *, in_rows: bool) -> NDArray[Any]:
         header = self.headers[name]

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..models.contract import StageContract
 from .data_npz import NpzFile
 from .data_polygraphy import read_polygraphy_inputs
+from .data_save import check_marks
 from .data_types import CalibrationData, Sample, Unit, check_minimum, seeded_order
 
 SUFFIXES = (".npz", ".json")
@@ -74,6 +75,7 @@ def open_tensors(
     found: dict[str, TensorUnit] = {}
     for file in files:
         content = _digest(file)
+        check_marks(file, bundle)
         for index, _ in enumerate(read_tensors(file, contracts)):
             digest = hashlib.sha256(f"{content}:{index}".encode()).hexdigest()
             found.setdefault(digest, TensorUnit(digest, 1, file, index))

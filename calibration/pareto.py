@@ -31,8 +31,12 @@ def pareto_rows(plan: MixedPlan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [_HEADER]
     for point in sorted(plan.points, key=lambda one: (one.latency_ms, one.layers, one.verified)):
         marks = ("yes" if point in front else "", "yes" if point == plan.chosen else "")
-        rows.append((str(point.layers), f"{point.latency_ms:.2f}", f"{point.cosine:.6f}", *marks))
+        rows.append((str(point.layers), _milliseconds(point.latency_ms), f"{point.cosine:.6f}", *marks))
     return rows
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def pareto_markdown(plan: MixedPlan) -> str:

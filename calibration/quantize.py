@@ -115,7 +115,7 @@ def judge(
             continue
         timing = timings.get("llm" if is_language(stage) else stage)
         verdict = judge_stage(stage, plan[stage], differences[stage], timing, limits)
-        if verdict.failures:
+        if not verdict.min_token_cosine >= verdict.min_cosine:
             tell(f"judging: looking for the layer of {stage} that is to blame")
             verdict = blame_layer(verdict, source, candidate, held_out)
         verdicts.append(verdict)
@@ -147,6 +147,9 @@ def _judge_task(
 ) -> TaskVerdict | None:
     from .task import task_accuracy
 
+    if source.manifest.score is not None:
+        notes.append("no task: the bundle scores pictures against texts and answers nothing")
+        return None
     examples = [one for one in held_out.samples() if one.answer is not None]
     if not examples:
         notes.append("no task: the calibration data has no answers (prompts.jsonl may give them)")

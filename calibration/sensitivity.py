@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..errors import CalibrationError
 from ..runtime.parity.metrics import token_cosines
 from .linears import Linear, find_linears, layer_of
+from .placement.base import FP8, INT8, QuantFormat
 from .records import TensorRange
 from .segments import Changed, Segment, SegmentedGraph, Values
 
@@ -69,6 +70,7 @@ def rank_layers(
     linears: Sequence[Linear] | None = None,
     activations: Activations = "static",
     bits: int = 8,
+    fp8: bool = False,
     output: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LayerDamage, ...]:
@@ -76,7 +78,8 @@ def rank_layers(
 
     Weights are rounded symmetrically to `bits` bits per output channel. `activations`: "static", INT8 with the
     symmetric range that `ranges` has for the value (a value without range, or with a range of 0, stays as it is);
-    "dynamic", unsigned INT8 over the extremes of each call; "float", weights alone. `inputs`: a few feeds (input name
+    "dynamic", unsigned INT8 over the extremes of each call; "float", weights alone. `fp8`: weights and static
+    activations in FP8 (E4M3) instead. `inputs`: a few feeds (input name
     -> array); all are in memory at once. `linears`: those to try, None for all. `output`: the value to judge, None for
     the graph's first output. `progress`: called with segments done and all.
 
@@ -90,10 +93,11 @@ def rank_layers(
     if not samples or not groups:
         raise CalibrationError(f"{graph}: {len(samples)} samples and {len(groups)} layers to rank; needs one of each")
     starts = {cut: index for index, cut in enumerate(cuts)}
+    rounding = FP8 if fp8 else bits
     at = 0
     for number, segment in enumerate(cut_graph.segments):
         index = starts.get(at)
-        change = None if index is None else _quantised(cut_graph, segment, groups[index], ranges, activations, bits)
+        change = None if index is None else _quantised(cut_graph, segment, groups[index], ranges, activations, rounding)
         _advance(cut_graph, segment, samples, index, change)
         at += len(segment.nodes)
         if progress is not None:
@@ -164,13 +168,13 @@ def _quantised(
     group: _Group,
     ranges: Mapping[str, TensorRange],
     activations: Activations,
-    bits: int,
+    bits: int | QuantFormat,
 ) -> Changed:
     """`segment` with the products of `group` quantised."""
     import onnx
 
     value = group.linears[0].input
-    before, own = _quantised_activation(value, ranges.get(value), activations)
+    before, own = _quantised_activation(value, ranges.get(value), activations, FP8 if bits is FP8 else INT8)
     by_name = {node.name: node for node in segment.nodes}
     nodes = []
     for linear in group.linears:
@@ -189,7 +193,7 @@ def _quantised(
 
 
 def _quantised_activation(
-    value: str, chosen: TensorRange | None, activations: Activations
+    value: str, chosen: TensorRange | None, activations: Activations, stored_as: QuantFormat
 ) -> tuple[list[Any], list[Any]]:
     """Nodes that make "<value>/rounded" of `value`, and their constants; none where it stays as it is."""
     import onnx
@@ -202,8 +206,8 @@ def _quantised_activation(
     if activations == "float" or chosen is None or chosen.absmax == 0.0:
         return [], []
     constants = [
-        onnx.numpy_helper.from_array(np.array(chosen.absmax / 127, np.float32), scale),
-        onnx.numpy_helper.from_array(np.array(0, np.int8), zero),
+        onnx.numpy_helper.from_array(np.array(chosen.absmax / stored_as.largest, np.float32), scale),
+        onnx.numpy_helper.from_array(stored_as.zero(), zero),
     ]
     return [make("QuantizeLinear", [value, scale, zero], [stored]), back], constants
 
@@ -216,14 +220,17 @@ def _output_axis(node: Any, rank: int) -> int:
     return rank - 1
 
 
-def round_weight(weight: NDArray[np.float32], axis: int, bits: int) -> NDArray[np.float32]:
-    """`weight` rounded symmetrically to `bits` bits, one scale for each index of `axis` (the output channels)."""
-    levels = 2 ** (bits - 1) - 1
+def round_weight(weight: NDArray[np.float32], axis: int, bits: int | QuantFormat) -> NDArray[np.float32]:
+    """`weight` rounded symmetrically to `bits` bits or to a format, one scale for each index of `axis` (the output
+    channels).
+    """
+    levels = 2 ** (bits - 1) - 1 if isinstance(bits, int) else bits.largest
     others = tuple(index for index in range(weight.ndim) if index != axis)
     scale = np.abs(weight).max(axis=others, keepdims=True) / np.float32(levels)
     scale = np.where(scale == 0, np.float32(1), scale)
-    rounded = np.clip(np.rint(weight / scale), -levels - 1, levels) * scale
-    return np.asarray(rounded, dtype=np.float32)
+    if isinstance(bits, int):
+        return np.asarray(np.clip(np.rint(weight / scale), -levels - 1, levels) * scale, dtype=np.float32)
+    return np.asarray(bits.quantize(weight, scale).astype(np.float32) * scale, dtype=np.float32)
 
 
 def _judge(groups: Sequence[_Group], samples: Sequence[_Sample], output: str) -> None:

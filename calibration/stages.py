@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,8 @@ from ..export.graph import save_graph
 from ..export.options import toolchain
 from ..export.passes import GraphPass, apply_passes
 from ..manifest import Precision, QuantizationRecord, StageRecord
+from .auto import FloatLayers, all_feeds, hold_aside
+from .auto_tensorrt import choose_tensorrt_layers
 from .cache import cache_directory
 from .collect import collect
 from .compare import stage_difference
@@ -32,6 +35,7 @@ from .linears import find_linears
 from .observers import ObserverSettings
 from .options import QuantizeOptions
 from .placement import PlaceTensorRT, plan_tensorrt
+from .placement.tensorrt import Placement
 from .plan import LANGUAGE_STAGES, LOOKUP_STAGES
 from .records import Observations
 from .smooth import Smoothing, smooth, values_to_watch
@@ -166,47 +170,67 @@ def _half(job: StageJob, observations: Observations) -> StageRecord:
 
 def _tensorrt(job: StageJob) -> StageRecord:
     """Symmetric Q/DQ where TensorRT has kernels, FP16 with FP32 islands around."""
+    job, aside = hold_aside(job)
     float_model = ir.load(job.graph)
     kept = {**pixel_readers(float_model), **job.keep}
     plan = plan_tensorrt(float_model, precision=job.precision, keep=frozenset(kept))
     watch = dict.fromkeys((*plan.watch, *values_to_watch(float_model), *watched_values(float_model)))
     observations = job.observe(tuple(watch))
     float32 = choose_float32_nodes(float_model, observations)
-    feeds = list(itertools.islice(job.feeds(), _TRIED_ON))
-    for parts in _PARTS:
-        model = ir.load(job.graph)
-        smoothed = smooth(model, observations, observer=job.options.observer, settings=job.settings)
-        placement = PlaceTensorRT(
-            smoothed.observations.ranges(job.options.observer),
-            precision=job.precision,
-            keep=frozenset(kept),
-            attention="attention" in parts,
-            residuals="residuals" in parts,
-        )
-        half = ToFloat16(float32)
-        finish_stage(job, smoothed.model, [placement, half])
-        cosine = stage_difference(job.graph, job.out, feeds).min_token_cosine
-        job.say(
-            f"{job.name}: {' and '.join(('products', *parts))} in {job.precision}: worst token's cosine {cosine:.4f}"
-        )
-        if cosine >= job.min_cosine:
-            break
+    smoothed = smooth(float_model, observations, observer=job.options.observer, settings=job.settings)
+    ranges = smoothed.observations.ranges(job.options.observer)
+    layers = FloatLayers()
+    with tempfile.TemporaryDirectory(dir=job.staging, prefix=".tensorrt-") as folder:
+        graph = Path(folder) / "smoothed.onnx"
+        save_graph(smoothed.model, graph)
+
+        def build(parts: Sequence[str], keep: frozenset[str] = frozenset()) -> Placement:
+            placement = PlaceTensorRT(
+                ranges,
+                precision=job.precision,
+                keep=keep | kept.keys(),
+                attention="attention" in parts,
+                residuals="residuals" in parts,
+            )
+            finish_stage(job, ir.load(graph), [placement, ToFloat16(float32)])
+            return placement.placement
+
+        parts, placement = _step_back(job, build, aside)
+        if job.options.auto:
+            layers = choose_tensorrt_layers(job, graph, ranges, frozenset(kept), aside, partial(build, parts))
+            placement = build(parts, frozenset(layers.keep))
     record = QuantizationRecord(
         scheme=f"qdq-{job.precision}",
         observer=job.options.observer,
         samples=observations.samples,
         observations=observations.key,
         smoothed=alphas(smoothed),
-        kept={**placement.placement.left, **kept},
+        kept={**placement.left, **kept, **layers.keep},
         details={
             "half": True,
             "parts": ["products", *parts],
-            "quantized": len(placement.placement.quantized),
-            "pairs": placement.placement.pairs,
+            "quantized": len(placement.quantized),
+            "pairs": placement.pairs,
             "float32": dict(float32),
+            **layers.details,
         },
     )
     return updated(job, record, job.precision)
+
+
+def _step_back(
+    job: StageJob, build: Callable[[Sequence[str]], Placement], aside: Sequence[Feed]
+) -> tuple[Sequence[str], Placement]:
+    """The first of `_PARTS` that keeps the cosine, else the last, built; mixed precision looks at more pictures."""
+    tried_on = list(all_feeds(job, aside) if job.options.auto else itertools.islice(job.feeds(), _TRIED_ON))
+    for parts in _PARTS:
+        placement = build(parts)
+        cosine = stage_difference(job.graph, job.out, tried_on).min_token_cosine
+        what = " and ".join(("products", *parts))
+        job.say(f"{job.name}: {what} in {job.precision}: worst token's cosine {cosine:.4f}")
+        if cosine >= job.min_cosine:
+            break
+    return parts, placement
 
 
 def pixel_readers(model: ir.Model) -> dict[str, str]:

@@ -46,11 +46,12 @@ def export_checkpoint(
     """Export the checkpoint directory `checkpoint` to a bundle at `out`.
 
     ``precision``: "fp32", or "int4" for INT4 weights in the language model with the other stages in FP32. Every other
-    precision, and every target but "cpu", goes on to quantise (`calibration.quantize_bundle`, with its defaults) on the
-    pictures in ``calibration``. ``reduce_tokens``: "pool:S", "tome:R" or "queries:K", for a connector that gives fewer
-    tokens (see `models.reduction`). ``force``: replace a directory at `out`. ``trust_remote_code``: run Python code that the
-    checkpoint's directory holds for its config, tokenizer and processor, with the rights of this process. ``progress``
-    is called with a line before each step. Nothing is left at or beside `out` unless everything succeeded.
+    precision, and every target but "cpu", goes on to quantise (`calibration.quantize_bundle`, with its defaults) on
+    the pictures in ``calibration``. ``reduce_tokens``: "pool:S", "tome:R" or "queries:K", for a connector that gives
+    fewer tokens (see `models.reduction`). ``force``: replace a directory at `out`. ``trust_remote_code``: run Python
+    code that the checkpoint's directory holds for its config, tokenizer and processor, with the rights of this
+    process. ``progress`` is called with a line before each step. Nothing is left at or beside `out` unless everything
+    succeeded.
 
     Raises InputError for an option whose value is unknown or does not fit the model, UnsupportedError for a precision,
     target, reduction or architecture that is not built yet, CheckpointError for a checkpoint that cannot be read,

@@ -34,13 +34,18 @@ class Decoder:
         self.context_length = context_length
         self._spare: list[KvCache] = []
 
-    def embed(self, rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Token ids per row to `inputs_embeds` `[B, S, D]`, right-padded, and the rows' lengths `[B]`."""
+    def embed(
+        self, rows: Sequence[NDArray[np.int64]], *, resident: bool = False
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Token ids per row to `inputs_embeds` `[B, S, D]`, right-padded, and the rows' lengths `[B]`.
+
+        `resident`: leave the embeddings in the engine's memory.
+        """
         lengths = np.array([len(row) for row in rows], np.int64)
         input_ids = np.zeros((len(rows), int(lengths.max())), np.int64)
         for ids, row in zip(input_ids, rows, strict=True):
             ids[: len(row)] = row
-        return self.embed_tokens.run({"input_ids": input_ids})["inputs_embeds"], lengths
+        return self.embed_tokens.run({"input_ids": input_ids}, resident=resident)["inputs_embeds"], lengths
 
     def start(
         self,
@@ -133,7 +138,9 @@ class Decoding:
         """The two calls of a step: token ids to embeddings, embeddings to `self.logits`."""
         batch, embed_tokens, llm = len(self._lengths), self._decoder.embed_tokens, self._decoder.llm
         spec = llm.contract.input("inputs_embeds")
-        inputs_embeds = np.zeros((batch, 1, int(spec.shape[-1])), spec.dtype)
+        shared = llm.memory if llm.memory is embed_tokens.memory else None
+        empty = np.zeros if shared is None else shared.empty
+        inputs_embeds = empty((batch, 1, int(spec.shape[-1])), spec.dtype)
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": self._mask,

@@ -6,9 +6,9 @@ The public method checks against the stage's contract, the private one computes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,28 @@ from .kv_cache import KvCache
 
 Arrays = Mapping[str, NDArray[Any]]
 Call = Callable[[], None]
+
+
+class DeviceMemory(Protocol):
+    """Arrays in the memory of an accelerator: they have a shape, a type and a length, and `np.asarray` copies them.
+
+    They pass for numpy arrays where an engine takes and gives them; rows are those of the first axis.
+    """
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A new array with whatever was in its memory."""
+
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        """Along the first axis."""
+
+    def take(self, source: Any, rows: NDArray[np.int64]) -> Any:
+        """`source[rows]`."""
+
+    def synchronize(self) -> None:
+        """Wait until all arrays hold what was computed into them."""
+
+    def put(self, target: Any, rows: NDArray[np.int64], source: Any) -> None:
+        """`target[rows] = source`."""
 
 
 class Engine(ABC):
@@ -32,14 +54,19 @@ class Engine(ABC):
         self.contract = contract
         self.kv_cache = kv_cache
 
-    def run(self, inputs: Arrays, *, cache: KvCache | None = None) -> dict[str, NDArray[Any]]:
+    # Engines with the same one take and give each other's arrays where they lie; None: numpy arrays alone.
+    memory: DeviceMemory | None = None
+
+    def run(self, inputs: Arrays, *, cache: KvCache | None = None, resident: bool = False) -> dict[str, NDArray[Any]]:
         """Compute the outputs of the contract, newly allocated, from all of its inputs.
 
-        `llm` without a `cache` runs a prefill over one of its own, which is dropped.
+        `resident`: leave the outputs in `memory`, for an engine with the same one. `llm` without a `cache` runs a
+        prefill over one of its own, which is dropped.
         Raises EngineError for inputs that the contract does not allow and when the backend fails.
         """
         sizes = self._check_inputs(inputs)
-        outputs = {spec.name: np.empty(_shape(spec, sizes), spec.dtype) for spec in self.contract.outputs}
+        empty = self.memory.empty if resident and self.memory is not None else np.empty
+        outputs = {spec.name: empty(_shape(spec, sizes), spec.dtype) for spec in self.contract.outputs}
         if cache is None and self.kv_cache is not None:
             cache = self.allocate_cache(sizes["batch"], sizes["total_sequence"])
         self.bind(inputs, outputs, cache=cache)()
@@ -115,6 +142,12 @@ class Engine(ABC):
                 f"{self.contract.name}: {batch} rows of {length} tokens came, but the cache holds "
                 f"{cache.batch} of {cache.capacity}; allocate a larger one"
             )
+
+
+def share_memory(engines: Iterable[Engine]) -> bool:
+    """Whether each engine can read where it lies what another one left in its memory."""
+    memories = [engine.memory for engine in engines]
+    return memories[0] is not None and all(memory is memories[0] for memory in memories)
 
 
 def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

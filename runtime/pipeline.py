@@ -17,7 +17,7 @@ from ..image_contract import Patches
 from ..manifest import GenerationContract, PromptContract
 from .backends import EngineOptions, load_engines
 from .decoder import Decoder, StepInputs
-from .engine import Engine
+from .engine import Engine, share_memory
 from .flamingo import read_images
 from .generation import Generation, Row, Stopwatch, token_limits
 from .merge import merge_image_features
@@ -71,6 +71,7 @@ class Pipeline:
         self.instruction = _instruction_tokenizer(bundle, self.prompt)
         self.vision = VisionChain(bundle, engines)
         self.decoder = self._make_decoder()
+        self.resident = not (self.manifest.flamingo or self.manifest.seq2seq) and share_memory(engines.values())
 
     @classmethod
     def load(
@@ -79,13 +80,13 @@ class Pipeline:
         *,
         device: str = "cpu",
         threads: int | None = None,
-        engine: str = "onnxruntime",
+        engine: str | None = None,
         checkpoint: str | Path | None = None,
     ) -> Pipeline:
         """Verify the bundle and load its stages.
 
-        `device`: "cpu", "cuda" or "cuda:N". `threads`: per stage, None for all cores. `engine`:
-        "onnxruntime", or "torch" to run the stages of `checkpoint` in PyTorch instead (a reference; it needs
+        `device`: "cpu", "cuda" or "cuda:N". `threads`: per stage, None for all cores. `engine`: a name of `BACKENDS`,
+        None for the bundle's own; "torch" runs the stages of `checkpoint` in PyTorch instead (a reference; it needs
         torch and transformers).
 
         Raises BundleError (BundleIntegrityError, BundleSchemaError) before anything is parsed,
@@ -218,9 +219,10 @@ class Pipeline:
 
         `image_features`: `[T, D]` of all pictures of each row.
         """
-        inputs_embeds, lengths = self.decoder.embed(prepared.input_ids)
+        memory = self.vision.memory_of(image_features)
+        inputs_embeds, lengths = self.decoder.embed(prepared.input_ids, resident=memory is not None)
         if self.manifest.flamingo is None:
-            merge_image_features(inputs_embeds, list(image_features), prepared.image_positions)
+            merge_image_features(inputs_embeds, list(image_features), prepared.image_positions, memory)
         return inputs_embeds, lengths
 
     def step_inputs(
@@ -302,18 +304,16 @@ class Pipeline:
     def _row_features(self, prepared: Prepared, watch: Stopwatch) -> list[NDArray[np.float32]]:
         """The features `[T, D]` of all pictures of each row; a picture of several rows is computed once."""
         unique = {id(picture): picture for row in prepared.pictures for picture in row}
-        features = dict(zip(unique, self._features(list(unique.values()), watch), strict=True))
-        width = int(self.engines["connector"].contract.outputs[0].shape[-1])
-        nothing = np.zeros((0, width), np.float32)
-        return [np.concatenate([nothing, *(features[id(picture)] for picture in row)]) for row in prepared.pictures]
+        features = dict(zip(unique, self._features(list(unique.values()), watch, self.resident), strict=True))
+        return [self.vision.join([features[id(picture)] for picture in row]) for row in prepared.pictures]
 
     def _features(
-        self, pictures: Sequence[PictureTensors], watch: Stopwatch | None = None
+        self, pictures: Sequence[PictureTensors], watch: Stopwatch | None = None, resident: bool = False
     ) -> list[NDArray[np.float32]]:
         watch = watch or Stopwatch()
-        image_embeds = self.vision.encode(pictures)
+        image_embeds = self.vision.encode(pictures, resident=resident)
         watch.lap("encoder")
-        connected = self.vision.connect(pictures, image_embeds)
+        connected = self.vision.connect(pictures, image_embeds, resident=resident)
         features = [self.vision.arrange(*one) for one in zip(pictures, connected, strict=True)]
         watch.lap("connector")
         return features

@@ -70,7 +70,7 @@ class Scorer:
         options = EngineOptions(device, threads)
         verified = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         contract = score_contract(verified)
-        return cls(verified, load_engines("onnxruntime", verified, options), contract)
+        return cls(verified, load_engines(None, verified, options), contract)
 
     def score(
         self, images: Picture | Sequence[Picture], texts: str | Sequence[str], *, match: Match | None = None

@@ -90,7 +90,8 @@ def test_wheel_holds_the_code_the_type_marker_and_the_small_model_and_nothing_el
     data = {name for name in names if not name.endswith(".py")}
     model = {name for name in data if name.startswith("bridgeport/models/small/checkpoint/")}
     assert names - data == code
-    assert data - model == {"bridgeport/py.typed"}
+    tables = {f"bridgeport/export/preflight/data/{name}.json" for name in ("devices", "limits", "operators")}
+    assert data - model == {"bridgeport/py.typed"} | tables
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {Path(name).name for name in model}
     assert wheel.stat().st_size < 9 * 2**20
 

@@ -39,6 +39,8 @@ class Contestant:
     source: Path
     # False for random weights of the same sizes: as fast, but its outputs say nothing.
     comparable: bool = True
+    # A bundle of TensorRT engines, whose times on the GPU are told too.
+    engines: bool = False
 
 
 def bench(
@@ -99,7 +101,8 @@ def _bundle_contestant(path: Path) -> Contestant:
         )
     vision, llm = (manifest.stage(stage).precision.upper() for stage in ("encoder", "llm"))
     label = llm if vision in ("FP32", llm) else f"{vision}, {llm} LLM"
-    return Contestant(f"Bridgeport {label}", "bridgeport", path)
+    engines = all(stage.format == "tensorrt" for stage in manifest.stages)
+    return Contestant(f"Bridgeport {label}{', TensorRT' if engines else ''}", "bridgeport", path, engines=engines)
 
 
 def _job(bundle: Path, new_tokens: int) -> Job:
@@ -144,12 +147,15 @@ def measure(
                 for child, mine in zip(children, samples, strict=True):
                     time.sleep(_SETTLE_SECONDS)
                     mine.append(child.measure())
+            device = [child.device_latency(rounds) if child.contestant.engines else {} for child in children]
         finally:
             for child in children:
                 child.close()
     results = [
-        PeerResult(child.contestant.label, child.contestant.peer, tuple(mine), feature, child.contestant.comparable)
-        for child, mine, feature in zip(children, samples, features, strict=True)
+        PeerResult(
+            child.contestant.label, child.contestant.peer, tuple(mine), feature, child.contestant.comparable, gpu
+        )
+        for child, mine, feature, gpu in zip(children, samples, features, device, strict=True)
     ]
     return BenchReport(tuple(results), threads=threads, new_tokens=job.new_tokens, prompt_tokens=job.input_ids.shape[1])
 
@@ -183,12 +189,18 @@ class _Child:
 
     def measure(self, features_file: Path | None = None) -> Round:
         """One pass; `features_file` receives the image features as `.npy`."""
+        answer = self._ask({"features_file": None if features_file is None else str(features_file)})
+        return Round(answer["seconds"], tuple(answer["token_ids"]), answer["peak_bytes"])
+
+    def device_latency(self, rounds: int) -> dict[str, Any]:
+        """Milliseconds on the GPU of `rounds` more passes, which are slower than the measured ones."""
+        return self._ask({"device_rounds": rounds})
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
-        request = {"features_file": None if features_file is None else str(features_file)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        answer = self._read()
-        return Round(answer["seconds"], tuple(answer["token_ids"]), answer["peak_bytes"])
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -81,7 +81,7 @@ class Stopwatch:
 class BridgeportPeer:
     """A bundle through `Pipeline`'s engines."""
 
-    def __init__(self, source: Path, threads: int, *, engine: str = "onnxruntime") -> None:
+    def __init__(self, source: Path, threads: int, *, engine: str | None = None) -> None:
         from ..pipeline import Pipeline
 
         self._pipeline = Pipeline.load(source, threads=threads, engine=engine)
@@ -91,6 +91,12 @@ class BridgeportPeer:
         from .bundle_chain import run_chain
 
         return run_chain(self._pipeline, job, Stopwatch())
+
+    def device_latency(self, job: Job, rounds: int) -> dict[str, Any]:
+        """Times on the GPU of a bundle of TensorRT engines."""
+        from .bundle_chain import device_latency
+
+        return device_latency(self._pipeline, job, rounds)
 
 
 class TorchPeer:

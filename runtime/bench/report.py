@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,8 @@ class PeerResult:
     rounds: tuple[Round, ...]
     image_features: NDArray[np.float32]
     comparable: bool = True
+    # Of TensorRT engines: stage -> h2d, compute, d2h, latency, enqueue -> min, mean, p50, p90, p99, max in ms.
+    device_ms: dict[str, Any] = field(default_factory=dict)
 
     def median_ms(self, stage: str) -> float:
         """Median over the rounds."""
@@ -109,7 +111,15 @@ class BenchReport:
             "speed_up": {stage: round(self.speed_up(result, stage), 3) for stage in columns},
             "peak_mib": round(result.peak_bytes / 2**20, 1),
             "agreement": self.agreement(result),
+            **({"device_ms": result.device_ms} if result.device_ms else {}),
         }
+
+    def device_text(self) -> str:
+        """Times on the GPU as `trtexec` words them, for each stage; empty without TensorRT engines."""
+        from ..tensorrt.latency import as_text
+
+        stages = [(result.label, *one) for result in self.results for one in result.device_ms.items()]
+        return "\n".join(f"{label}, {stage}\n{as_text(summary)}" for label, stage, summary in stages)
 
     def table(self) -> Table:
         """The same as a rich table: milliseconds, with the ratio to the baseline in brackets."""

@@ -24,8 +24,11 @@ def main(peer: str, source: str, threads: str, job_file: str) -> None:
     runner = peer_record(peer).make(Path(source), int(threads))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        outputs = runner.run(job)
         request = json.loads(line)
+        if "device_rounds" in request:
+            print(json.dumps(runner.device_latency(job, request["device_rounds"])), file=answers, flush=True)
+            continue
+        outputs = runner.run(job)
         if features_file := request.get("features_file"):
             np.save(features_file, outputs.image_features)
         answer = {"seconds": outputs.seconds, "token_ids": outputs.token_ids, "peak_bytes": peak_bytes()}

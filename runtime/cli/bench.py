@@ -42,3 +42,5 @@ def bench(
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
         Console().print(report.table())
+        if told := report.device_text():
+            Console().print(told, highlight=False, soft_wrap=True)

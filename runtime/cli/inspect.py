@@ -13,8 +13,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ...bundle import Bundle
-    from ...manifest import ImageContract, PromptContract, ScoreContract, StageRecord
+    from ...manifest import (
+        CalibrationRecord,
+        ImageContract,
+        PromptContract,
+        QuantizationRecord,
+        ScoreContract,
+        StageRecord,
+    )
     from ...models.contract import TensorSpec
+
+
+# Layers that stayed finer, as many as are named.
+_SHOWN = 3
 
 
 def inspect(
@@ -72,6 +83,8 @@ def _print(bundle: Bundle) -> None:
         _print_contract(console, "video", manifest.video)
     if manifest.reduction is not None:
         console.print(f"reduced    {manifest.reduction}: the connector gives fewer tokens than the checkpoint's")
+    if manifest.calibration is not None:
+        _print_calibration(console, manifest.calibration, manifest.checks.get("gate", {}))
     if manifest.custom_connector is not None:
         console.print(f"connector  {manifest.custom_connector!r}, from outside bridgeport", markup=False)
     if manifest.prompt is not None:
@@ -127,8 +140,63 @@ def _print_stage(console: Console, bundle: Bundle, record: StageRecord) -> None:
         for spec in specs:
             console.print(f"  {word} {_tensor(spec)}", markup=False, highlight=False, soft_wrap=True)
             word = "     "
+    if record.quantization is not None:
+        judged = bundle.manifest.checks.get("gate", {}).get("stages", ())
+        gate = next((one for one in judged if one["stage"] == contract.name), None)
+        _print_quantization(console, record.quantization, gate)
     axes = ", ".join(f"{axis.name} {axis.min} to {axis.max} (tuned for {axis.opt})" for axis in contract.axes)
     console.print(f"  axes  {axes}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_quantization(console: Console, record: QuantizationRecord, gate: dict[str, Any] | None) -> None:
+    """How the stage came to its precision, and what it kept."""
+    from ...speed_hint import SpeedHint, check_speed_hint
+
+    words = [f"scheme {record.scheme}"]
+    if record.observer is not None:
+        words.append(f"ranges by {record.observer} over {record.samples} pictures")
+    if record.smoothed:
+        words.append(f"{len(record.smoothed)} groups smoothed")
+    lines = [", ".join(words)]
+    if record.kept:
+        shown = [f"{name} ({why})" for name, why in list(record.kept.items())[:_SHOWN]]
+        rest = f", and {len(record.kept) - _SHOWN} more (--json)" if len(record.kept) > _SHOWN else ""
+        lines.append(f"{len(record.kept)} kept finer: {', '.join(shown)}{rest}")
+    if gate is not None:
+        lines.append(_verdict(gate))
+    if (written := record.details.get("speed_hint")) is not None:
+        hint = SpeedHint.model_validate(written)
+        lines.append(
+            f"{hint.ratio:.2f} x as fast as FP32 on {hint.processor} ({hint.instruction_set}, {hint.engine} "
+            f"{hint.version})"
+        )
+        if (warning := check_speed_hint(hint)) is not None:
+            lines.append(f"warning: {warning}")
+    for line in lines:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _verdict(gate: dict[str, Any]) -> str:
+    """One stage's line of the gate."""
+    slowdown = "not timed" if gate["slowdown"] is None else f"{gate['slowdown']:.2f} x the time of FP32"
+    return f"gate: worst token's cosine {gate['min_token_cosine']:.5f} (least {gate['min_cosine']:g}), {slowdown}"
+
+
+def _print_calibration(console: Console, record: CalibrationRecord, gate: dict[str, Any]) -> None:
+    """What the bundle was quantised with, and what the gate found about the whole of it."""
+    lines = [
+        f"calibrated on {record.pictures} pictures, judged on {record.held_out} others (seed {record.seed}, data "
+        f"{record.data[:16]}, from the bundle {record.source[:16]})"
+    ]
+    if (task := gate.get("task")) is not None:
+        lines.append(
+            f"task       {task['before']:.1f} % -> {task['after']:.1f} % of {task['items']} answers, "
+            f"{task['drop']:.2f} points lost (paired standard error {task['standard_error']:.2f}, at most "
+            f"{task['limit']:g})"
+        )
+    lines += [f"note       {note}" for note in gate.get("notes", ())]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _file_table(bundle: Bundle) -> Table:

@@ -25,7 +25,9 @@ from .report import CaseReport, Measurement, ParityReport, StageReport
 from .stages import BundleStages, Case, Differences, run_chained, run_isolated
 
 if TYPE_CHECKING:
+    from ...manifest import Manifest
     from ...models.checkpoint import VisionLanguageModel
+    from ...models.contract import KvCacheContract
     from .cases import Source
     from .reference import Reference, ReferenceValues
 
@@ -105,7 +107,7 @@ def _check_generation(
         isolated = run_isolated(check.stages, cases, values)
         chained, tokens = run_chained(check.stages, cases, values, max_new_tokens)
         reports = check.add_findings(_stage_reports(gates, cases, isolated, chained))
-        if loaded.manifest.stage("llm").precision == "int4" and prompt_alone(loaded.manifest):
+        if has_blocks_alone(loaded.manifest):
             reports = check.add_same_weights(reports)
         found = check.drill(reports) if drill else None
     return ParityReport(
@@ -139,7 +141,7 @@ class _Check:
         for stage in ("encoder", "connector", "llm"):
             graph = onnx.load(str(self.bundle.graph(stage)), load_external_data=False).graph
             found[stage] = audit_epsilons(graph, find_probes(stage, graph, manifest, self.reference), model)
-        if manifest.stage("llm").precision == "int4" and prompt_alone(manifest):
+        if has_blocks_alone(manifest) and rounds_to_nearest(manifest):
             found["llm"] += audit_int4_weights(self.bundle.graph("llm"), self.reference.decoder())
         names = {"encoder": "encoder", "connector": "connector", "first_logits": "llm"}
         return tuple(
@@ -216,11 +218,27 @@ def _check_same_shapes(bundle: Bundle, reference: Reference) -> None:
                     f"{ours.name} is {list(tensor.shape)} in the bundle and {list(other.shape)} in the checkpoint; "
                     "give the checkpoint that the bundle was made from"
                 )
-    if bundle.manifest.kv_cache != reference.checkpoint.kv_cache:
+    if _cache_sizes(bundle.manifest.kv_cache) != _cache_sizes(reference.checkpoint.kv_cache):
         raise InputError(
             f"{bundle.path} and {reference.checkpoint.path} are of different models: their key/value caches differ in "
             "layers, heads or head size; give the checkpoint that the bundle was made from"
         )
+
+
+def has_blocks_alone(manifest: Manifest) -> bool:
+    """Whether the language model is FP32 but for 4-bit weights, so that PyTorch can hold the same weights."""
+    return manifest.stage("llm").precision == "int4" and manifest.target == "cpu" and prompt_alone(manifest)
+
+
+def rounds_to_nearest(manifest: Manifest) -> bool:
+    """Whether every 4-bit weight is the level nearest to the checkpoint's: GPTQ takes others on purpose."""
+    record = manifest.stage("llm").quantization
+    return record is None or record.details.get("method") == "rtn"
+
+
+def _cache_sizes(cache: KvCacheContract | None) -> tuple[int, int, int] | None:
+    """What a quantised bundle's cache keeps of its checkpoint's; its type and how it grows are the target's."""
+    return None if cache is None else (cache.num_layers, cache.num_heads, cache.head_size)
 
 
 def _check_instructions(bundle: Bundle, cases: Sequence[Case]) -> None:

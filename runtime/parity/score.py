@@ -21,7 +21,7 @@ from ..score import Scorer, cosines, score_contract, sigmoid, softmax
 from ..score_text import TextTensors
 from .cases import make_cases
 from .check import _need_libraries, _versions, same_checkpoint
-from .gates import EXACT, FP32, FP32_LOGITS, PIXELS
+from .gates import EXACT, PIXELS, coarsest, score_gate
 from .metrics import Difference, Gate, compare, compare_ids, unreached
 from .reference import _quiet_transformers, array
 from .report import CaseReport, Measurement, ParityReport, StageReport
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 Differences = dict[str, list[Difference]]
 
-_GATES: dict[str, Gate] = {
-    "pixels": PIXELS,
-    "input_ids": EXACT,
-    "encoder": FP32,
-    "connector": FP32,
-    "text_encoder": FP32,
-    "scores": FP32_LOGITS,
-    "matcher": FP32_LOGITS,
-    "probabilities": FP32_LOGITS,
+# Stage of the check -> the bundle's stages that compute it from PyTorch's values.
+_COMPUTED_BY: dict[str, tuple[str, ...]] = {
+    "encoder": ("encoder",),
+    "connector": ("connector",),
+    "text_encoder": ("text_encoder",),
+    "scores": (),
+    "matcher": ("matcher",),
+    "probabilities": (),
 }
+_LOGITS = frozenset({"scores", "matcher", "probabilities"})
 
 
 def check_score_parity(
@@ -78,13 +78,11 @@ def check_score_parity(
         expected = reference.run(cases)
         isolated, _ = _run(scorer, cases, expected, chained=False)
         chained, computed = _run(scorer, cases, expected, chained=True)
-    stages = (
-        StageReport(name, "fp32", _measure(isolated[name], name), _measure(chained[name], name)) for name in expected
-    )
+    stages = _reports(loaded, isolated, chained)
     return ParityReport(
         bundle=str(loaded.path),
         checkpoint=str(checkpoint),
-        stages=tuple(stages),
+        stages=stages,
         cases=tuple(_case_report(row, case, expected, computed) for row, case in enumerate(cases)),
         same_checkpoint=same_checkpoint(loaded, reference.checkpoint),
         versions=_versions(),
@@ -250,8 +248,27 @@ def _compare(expected: Any, computed: Any) -> list[Difference]:
     return found
 
 
-def _measure(differences: Sequence[Difference], name: str) -> Measurement:
-    return Measurement({f"case {row}": one for row, one in enumerate(differences, start=1)}, _GATES[name])
+def _reports(bundle: Bundle, isolated: Differences, chained: Differences) -> tuple[StageReport, ...]:
+    """Every stage by the gate of its own precision, and in the chain by that of the coarsest stage of the bundle."""
+    precisions = {stage.contract.name: stage.precision for stage in bundle.manifest.stages}
+    reports = []
+    for name, differences in isolated.items():
+        own: list[str] = [precisions[stage] for stage in _COMPUTED_BY.get(name, ())]
+        exact = {"pixels": PIXELS, "input_ids": EXACT}.get(name)
+        before = [*precisions.values()] if name in _LOGITS else own + [precisions["encoder"]] * (name == "connector")
+        reports.append(
+            StageReport(
+                name,
+                coarsest(own),
+                _measure(differences, exact or score_gate(coarsest(own), logits=name in _LOGITS)),
+                _measure(chained[name], exact or score_gate(coarsest(before), logits=name in _LOGITS)),
+            )
+        )
+    return tuple(reports)
+
+
+def _measure(differences: Sequence[Difference], gate: Gate) -> Measurement:
+    return Measurement({f"case {row}": one for row, one in enumerate(differences, start=1)}, gate)
 
 
 def _case_report(row: int, case: Case, expected: Values, computed: Values) -> CaseReport:

@@ -67,7 +67,7 @@ def _make_engine(bundle: Bundle, name: str, api: Api, loaded: LoadedEngine, devi
         return TensorRtEngine(contract, api, loaded, device, profile_names=names)
     if cache.shared_buffer:
         raise EngineError(
-            f"{bundle.path}: the cache of llm is written in place, which no TensorRT engine does; build the bundle again"
+            f"{bundle.path}: the cache of llm is written in place, which no TensorRT engine does; build it again"
         )
     # Its shapes change at every step, so no run is like the one before.
     return ConcatenatedTensorRtEngine(contract, api, loaded, device, profile_names=names, kv_cache=cache, graphs=False)

@@ -167,9 +167,7 @@ class Context:
     def _find_dynamic_outputs(self) -> None:
         """Give an allocator to each output whose size is not known before it is computed."""
         if lacking := self._api.infer_shapes(self._context):
-            raise EngineError(
-                f"{self._stage}: TensorRT knows no shape for {', '.join(lacking)}; build the bundle again"
-            )
+            raise EngineError(f"{self._stage}: no shape is known for {', '.join(lacking)}; build the bundle again")
         for name in (name for name, info in self.tensors.items() if info.mode == "output"):
             if name not in self._dynamic and -1 in self._api.tensor_shape(self._context, name):
                 self._dynamic[name] = Output(self._device)

@@ -6,11 +6,13 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import EngineError
 from .memory import Cuda
 
 _ALIGNMENT = 256  # what cudaMalloc gives; sizes are rounded up to it, and no block is empty
@@ -46,7 +48,7 @@ class Device:
         """At least `size` bytes, with whatever was in them. EngineError when the device's memory is used up."""
         rounded = max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT
         spare = self._spare.get(rounded)
-        return Block(self, spare.pop() if spare else self.cuda.allocate(rounded), rounded)
+        return Block(self, spare.pop() if spare else self._allocate(rounded), rounded)
 
     def recycle(self, address: int, size: int) -> None:
         """Keep the memory of a block that is gone for the next one of its size."""
@@ -74,13 +76,25 @@ class Device:
         self._users -= 1
         if self._users > 0 or self._closed:
             return
-        self.synchronize()
+        self._free_spare()
         self._closed, self._activations = True, None
+        self.cuda.destroy_stream(self.stream)
+
+    def _allocate(self, size: int) -> int:
+        try:
+            return self.cuda.allocate(size)
+        except EngineError:
+            if not any(self._spare.values()):
+                raise
+            self._free_spare()  # blocks of other sizes may make room
+            return self.cuda.allocate(size)
+
+    def _free_spare(self) -> None:
+        self.synchronize()
         for addresses in self._spare.values():
             for address in addresses:
                 self.cuda.free(address)
         self._spare.clear()
-        self.cuda.destroy_stream(self.stream)
 
     # Arrays
 
@@ -92,9 +106,7 @@ class Device:
     def concatenate(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
         """Along the first axis, without a copy where they lie one after the other in one block."""
         first = arrays[0]
-        if all(
-            a.block is b.block and a.offset + a.nbytes == b.offset for a, b in zip(arrays, arrays[1:], strict=False)
-        ):
+        if all(before.block is after.block and before.end == after.address for before, after in pairwise(arrays)):
             shape = (sum(len(array) for array in arrays), *first.shape[1:])
             return DeviceArray(first.block, first.offset, shape, first.dtype)
         whole = self.empty((sum(len(array) for array in arrays), *first.shape[1:]), str(first.dtype))
@@ -104,6 +116,14 @@ class Device:
             at += array.nbytes
         return whole
 
+    def upload(self, array: NDArray[Any]) -> DeviceArray:
+        """A copy of a host array; waits until it is there."""
+        host = np.ascontiguousarray(array)
+        target = self.empty(host.shape, str(host.dtype))
+        self.cuda.copy(target.address, host.ctypes.data, host.nbytes, "HostToDevice", self.stream)
+        self.synchronize()
+        return target
+
     def take(self, source: DeviceArray, rows: NDArray[np.int64]) -> DeviceArray:
         """`source[rows]`; the source itself where the rows are all of it in their order."""
         if len(rows) == len(source) and np.array_equal(rows, np.arange(len(source))):
@@ -112,8 +132,10 @@ class Device:
         self._copy_rows(target, np.arange(len(rows)), source, rows)
         return target
 
-    def put(self, target: DeviceArray, rows: NDArray[np.int64], source: DeviceArray) -> None:
-        """`target[rows] = source`."""
+    def put(self, target: DeviceArray, rows: NDArray[np.int64], source: DeviceArray | NDArray[Any]) -> None:
+        """`target[rows] = source`; a source on the host is copied first."""
+        if isinstance(source, np.ndarray):
+            source = self.upload(source)
         self._copy_rows(target, rows, source, np.arange(len(source)))
 
     def _copy_rows(
@@ -154,6 +176,11 @@ class DeviceArray:
     def nbytes(self) -> int:
         """Bytes of all elements."""
         return _count(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """Address behind the last element."""
+        return self.address + self.nbytes
 
     @property
     def ndim(self) -> int:
@@ -209,7 +236,7 @@ class Staging:
             self._free_pinned()
             self._pinned = (self._device.cuda.allocate_pinned(size), size)
         memory = (ctypes.c_char * size).from_address(self._pinned[0])
-        return np.frombuffer(memory, dtype, _count(shape)).reshape(shape)
+        return np.frombuffer(memoryview(memory), dtype, _count(shape)).reshape(shape)
 
     def close(self) -> None:
         """Free both."""

@@ -53,14 +53,16 @@ class GraphRun:
             enqueue()
         except EngineError as error:
             self._cuda.abandon_capture(self._stream)
-            return self._give_up(error)
+            self._give_up(error)
+            return None
         except BaseException:
             self._cuda.abandon_capture(self._stream)
             raise
         try:
             return self._cuda.end_capture(self._stream)
         except EngineError as error:
-            return self._give_up(error)
+            self._give_up(error)
+            return None
 
     def _give_up(self, error: EngineError) -> None:
         self._wanted = False

@@ -5,6 +5,7 @@ Needs neither ONNX Runtime nor torch: it is checked when a bundle is loaded.
 
 from __future__ import annotations
 
+import logging
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,7 @@ INSTRUCTION_SETS: dict[str, frozenset[str]] = {
     "avx2": frozenset({"avx2"}),
 }
 NONE = "none"
+_logger = logging.getLogger(__name__)
 # x86 without VNNI: the sum of two products of a U8 and an S8 is kept in 16 bits, and saturates.
 SATURATING = frozenset({"avx512", "avx2", NONE})
 
@@ -89,6 +91,12 @@ def speed_warnings(manifest: Manifest) -> list[str]:
         if written is not None and (warning := check_speed_hint(SpeedHint.model_validate(written))) is not None:
             found.append(f"{stage.contract.name}: {warning}")
     return found
+
+
+def log_speed_warnings(manifest: Manifest) -> None:
+    """`speed_warnings` as warnings of this module's logger: on stderr where nobody has set up logging."""
+    for line in speed_warnings(manifest):
+        _logger.warning(line)
 
 
 def _fields() -> dict[str, str]:

@@ -11,7 +11,19 @@ from numpy.typing import NDArray
 
 from bridgeport.errors import UnsupportedError
 from bridgeport.runtime.parity.drill import first_departure
-from bridgeport.runtime.parity.gates import EXACT, FP32, STAGES, choose_gates
+from bridgeport.runtime.parity.gates import (
+    EXACT,
+    FP8,
+    FP16,
+    FP32,
+    FP32_LOGITS,
+    INT8,
+    INT8_CHAIN,
+    STAGES,
+    choose_gates,
+    coarsest,
+    score_gate,
+)
 from bridgeport.runtime.parity.metrics import (
     ABSOLUTE_FLOOR,
     Difference,
@@ -182,14 +194,66 @@ def test_every_stage_has_gates_for_fp32() -> None:
     assert all(stage.isolated["fp32"] is not None and stage.chained["fp32"] is not None for stage in STAGES)
 
 
-def test_precision_without_gates_is_refused() -> None:
+def with_precisions(**precisions: str) -> Any:
+    """A manifest whose stages have these precisions, FP32 where none is named."""
+
     class Record:
-        precision = "int8"
+        def __init__(self, precision: str) -> None:
+            self.precision = precision
 
     class Manifest:
-        def stage(self, _name: str) -> Record:
-            return Record()
+        def stage(self, name: str) -> Record:
+            return Record(precisions.get(name, "fp32"))
 
-    manifest: Any = Manifest()
-    with pytest.raises(UnsupportedError, match="no gates for encoder at int8 yet, only for fp32"):
-        choose_gates(manifest)
+    return Manifest()
+
+
+def test_precision_without_gates_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="no gates for encoder at int4, only for fp32, fp16, int8, fp8; export"):
+        choose_gates(with_precisions(encoder="int4"))
+
+
+def test_a_chain_is_judged_by_its_coarsest_stage() -> None:
+    gates = {one.stage.name: one for one in choose_gates(with_precisions(encoder="int8", connector="fp16"))}
+    assert gates["pixels"].chained == gates["pixels"].isolated
+    assert gates["encoder"].isolated == INT8
+    assert gates["connector"].isolated == FP16
+    assert gates["connector"].chained == INT8
+    assert gates["first_logits"].isolated == FP32_LOGITS
+    assert gates["first_logits"].chained == INT8_CHAIN
+    # Tokens are told and not judged as soon as anything before them was rounded.
+    assert gates["tokens"].isolated == EXACT
+    assert gates["tokens"].chained is None
+
+
+def test_every_precision_has_gates_for_what_it_reaches() -> None:
+    for precision in ("fp16", "int8", "fp8"):
+        plan = {"encoder": precision, "connector": precision, "llm": "fp16" if precision == "fp8" else precision}
+        chosen = choose_gates(with_precisions(**plan, embed_tokens="fp16"))
+        judged = [(one.isolated, one.chained) for one in chosen[:-1]]
+        assert None not in {gate for pair in judged for gate in pair}
+        # Coarser is wider.
+        for alone, chain in judged:
+            assert alone is not None
+            assert chain is not None
+            assert alone.max_abs <= chain.max_abs
+            assert alone.min_token_cosine >= chain.min_token_cosine
+
+
+@pytest.mark.parametrize("gate", [FP16, INT8, FP8])
+def test_a_swapped_query_breaks_every_gate_of_features(gate: Gate) -> None:
+    """Two tokens in each other's place, among 32 of unit norm: their own cosine falls, means hardly move."""
+    expected = np.random.default_rng(0).normal(size=(1, 32, 64))
+    actual = expected.copy()
+    actual[0, [3, 9]] = actual[0, [9, 3]]
+    assert "min_token_cosine" in gate.broken(compare(expected, actual))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "fp8"])
+def test_scores_have_gates_at_every_precision(precision: str) -> None:
+    assert score_gate(precision, logits=False).min_token_cosine < FP32.min_token_cosine
+    assert score_gate(precision, logits=True).max_abs > FP32_LOGITS.max_abs
+    assert coarsest([]) == "fp32"
+    assert coarsest(["int8", precision]) == ("int8" if precision == "fp16" else precision)
+    with pytest.raises(UnsupportedError, match="no gates for a bundle that scores at int4, only for fp32"):
+        score_gate("int4", logits=True)
