@@ -54,9 +54,9 @@ def _standard(job: StageJob, work: Path) -> tuple[Path, dict[str, Any]]:
     """The graph in operators that TensorRT reads."""
     manifest = job.source.manifest
     if manifest.seq2seq is not None or manifest.flamingo is not None:
-        kind = "encoder-decoder" if manifest.seq2seq is not None else "cross-attending"
+        kind = "an encoder-decoder" if manifest.seq2seq is not None else "a cross-attending"
         raise UnsupportedError(
-            f"stage {job.name}: an {kind} language model has no TensorRT form yet; quantise for cuda, or keep "
+            f"stage {job.name}: {kind} language model has no TensorRT form yet; quantise for cuda, or keep "
             "its stages with --stage NAME=fp32 and run them in ONNX Runtime"
         )
     graph = work / "standard.onnx"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..bundle import Bundle, sha256, staged_directory, write_manifest
 from ..errors import CheckFailed
 from ..export.disk import disk_full_as_os_error
 from ..export.stages import stage_file
-from ..manifest import CalibrationRecord, Manifest, Precision, StageRecord
+from ..manifest import CalibrationRecord, Manifest, StageRecord
 from ..models.contract import KvCacheContract
 from .data import CalibrationData, open_calibration
 from .feed import feed_stages
@@ -81,7 +81,7 @@ def quantize_bundle(
         manifest = _write_manifest(source, staging, records, options, (data, seen, held_out))
         candidate = Bundle(staging, manifest)
         say("judging")
-        report = judge(source, candidate, plan, held_out, judged, say, options.engine)
+        report = judge(source, candidate, held_out, judged, say, options.engine)
         if not report.passed:
             raise GateFailed(report)
         checks = {**manifest.checks, "gate": report.to_json()}
@@ -92,7 +92,6 @@ def quantize_bundle(
 def judge(
     source: Bundle,
     candidate: Bundle,
-    plan: Mapping[str, Precision],
     held_out: CalibrationData,
     limits: GateLimits,
     say: Progress | None = None,
@@ -114,7 +113,7 @@ def judge(
             notes.append(f"{stage} has no part in these pictures and was not judged")
             continue
         timing = timings.get("llm" if is_language(stage) else stage)
-        verdict = judge_stage(stage, plan[stage], differences[stage], timing, limits)
+        verdict = judge_stage(stage, candidate.manifest.stage(stage).precision, differences[stage], timing, limits)
         if not verdict.min_token_cosine >= verdict.min_cosine:
             tell(f"judging: looking for the layer of {stage} that is to blame")
             verdict = blame_layer(verdict, source, candidate, held_out)

@@ -136,7 +136,7 @@ def python_310() -> Path | None:
     return None
 
 
-@pytest.mark.parametrize("version", ["this Python", "Python 3.10"])
+@pytest.mark.parametrize("version", ["this Python", pytest.param("Python 3.10", marks=pytest.mark.slow)])
 def test_wheel_runs_a_bundle_with_its_run_time_dependencies_alone(
     version: str, wheel: Path, small_bundle: Path, held_out_picture: Path, tmp_path: Path
 ) -> None:

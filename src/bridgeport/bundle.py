@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from .errors import BundleError, BundleIntegrityError, BundleSchemaError, Output
 from .manifest import SCHEMA_VERSION, FileRecord, Manifest
 
 MANIFEST = "manifest.json"
+_PARTIAL = ".partial"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -182,13 +185,40 @@ def staged_directory(out: str | Path, *, force: bool = False, protect: tuple[Pat
     _check_target(target, force=force, protect=protect)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        _sweep(target)
+        prefix = f".{target.name}.{_owner()}."
+        staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=_PARTIAL, dir=target.parent))
         try:
             staging.chmod(0o755)
             yield staging
             _replace_directory(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _owner() -> str:
+    """This process among those that may write to the same directory, other machines' included."""
+    return f"{re.sub(r'[^A-Za-z0-9]', '-', platform.node())}-{os.getpid()}"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes of this machine that were killed left beside `target`."""
+    host, _, _ = _owner().rpartition("-")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(host)}-(\d+)\.\w+{re.escape(_PARTIAL)}")
+    for left in target.parent.iterdir():
+        match = pattern.fullmatch(left.name)
+        if match is not None and not _is_alive(int(match[1])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def check_output(out: str | Path, *, force: bool = False, protect: tuple[Path, ...] = ()) -> None:

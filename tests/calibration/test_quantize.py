@@ -143,6 +143,7 @@ def test_a_missed_gate_writes_nothing_and_names_stage_and_layer(small_bundle: Pa
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_slow_bundle_is_refused_with_both_times(small_bundle: Path, data: Path, tmp_path: Path) -> None:
     options = QuantizeOptions("int4")
     with pytest.raises(
@@ -168,8 +169,7 @@ def test_a_damaged_layer_is_blamed(small_bundle: Path, data: Path, tmp_path: Pat
     ]
     candidate = Bundle(path, manifest.model_copy(update={"stages": tuple(stages)}))
     _, held_out = open_calibration(data).split(3)
-    plan: Any = {one.contract.name: one.precision for one in candidate.manifest.stages}
-    report = judge(source, candidate, plan, held_out, ANY_SPEED)
+    report = judge(source, candidate, held_out, ANY_SPEED)
     assert not report.passed
     assert report.stages[0].blame is not None
     assert "layers.2.mlp" in report.stages[0].blame
@@ -186,6 +186,7 @@ def test_nan_activations_are_named(small_bundle: Path, data: Path, tmp_path: Pat
     assert left_in(tmp_path) == ["nan"]
 
 
+@pytest.mark.slow
 def test_constant_activations_have_a_scale(small_bundle: Path, data: Path, tmp_path: Path) -> None:
     """A layer that always gives 0 has no range; it must not divide by it."""
 
@@ -359,5 +360,5 @@ def test_a_killed_run_leaves_no_bundle_and_goes_on(small_bundle: Path, data: Pat
     assert [line for line in lines if line.startswith("encoder: observing")] == [
         "encoder: observing activations, 9 of 9"
     ]
-    # SIGKILL runs no clean-up: what it leaves is hidden, and no bundle that anything would load.
-    assert [name for name in left_in(folder) if not (name.startswith(".out.") and name.endswith(".partial"))] == ["out"]
+    # SIGKILL runs no clean-up; the next run to the same place does it.
+    assert left_in(folder) == ["out"]

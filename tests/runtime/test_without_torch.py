@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tests.runtime.generation import pictures
 
 from bridgeport.runtime import Pipeline
@@ -33,6 +34,7 @@ print(json.dumps({"status": status, "loaded": loaded, "streamed": "".join(pieces
 """
 
 
+@pytest.mark.slow
 def test_a_bundle_runs(blip2_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     bundle, picture, sheet = blip2_bundle("llama-gqa-tied"), tmp_path / "picture.png", tmp_path / "map.png"
     pictures(1)[0].save(picture)
