@@ -21,7 +21,7 @@ from ..export.graph import save_graph
 from ..export.options import toolchain
 from ..export.passes import GraphPass, apply_passes
 from ..manifest import Precision, QuantizationRecord, StageRecord
-from .auto import FloatLayers, all_feeds, hold_aside
+from .auto import MARGIN, FloatLayers, all_feeds, hold_aside
 from .auto_tensorrt import choose_tensorrt_layers
 from .cache import cache_directory
 from .collect import collect
@@ -221,14 +221,18 @@ def _tensorrt(job: StageJob) -> StageRecord:
 def _step_back(
     job: StageJob, build: Callable[[Sequence[str]], Placement], aside: Sequence[Feed]
 ) -> tuple[Sequence[str], Placement]:
-    """The first of `_PARTS` that keeps the cosine, else the last, built; mixed precision looks at more pictures."""
+    """The first of `_PARTS` that keeps the cosine with a margin for pictures that nobody has seen, else the last, built.
+
+    Mixed precision looks at more pictures, and has added the margin.
+    """
+    least = job.min_cosine if job.options.auto else job.min_cosine + MARGIN * (1.0 - job.min_cosine)
     tried_on = list(all_feeds(job, aside) if job.options.auto else itertools.islice(job.feeds(), _TRIED_ON))
     for parts in _PARTS:
         placement = build(parts)
         cosine = stage_difference(job.graph, job.out, tried_on).min_token_cosine
         what = " and ".join(("products", *parts))
         job.say(f"{job.name}: {what} in {job.precision}: worst token's cosine {cosine:.4f}")
-        if cosine >= job.min_cosine:
+        if cosine >= least:
             break
     return parts, placement
 

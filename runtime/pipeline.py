@@ -82,18 +82,18 @@ class Pipeline:
         threads: int | None = None,
         engine: str | None = None,
         checkpoint: str | Path | None = None,
+        cuda_graphs: bool = False,
     ) -> Pipeline:
         """Verify the bundle and load its stages.
 
         `device`: "cpu", "cuda" or "cuda:N". `threads`: per stage, None for all cores. `engine`: a name of `BACKENDS`,
         None for the bundle's own; "torch" runs the stages of `checkpoint` in PyTorch instead (a reference; it needs
-        torch and transformers).
+        torch and transformers). `cuda_graphs`: see `EngineOptions`.
 
-        Raises BundleError (BundleIntegrityError, BundleSchemaError) before anything is parsed,
-        DependencyError for a missing library or provider, EngineError for a graph that does not load,
-        InputError for a bad option.
+        Raises BundleError (BundleIntegrityError, BundleSchemaError) before anything is parsed, DependencyError for a
+        missing library or provider, EngineError for a graph that does not load, InputError for a bad option.
         """
-        options = EngineOptions(device, threads, None if checkpoint is None else Path(checkpoint))
+        options = EngineOptions(device, threads, None if checkpoint is None else Path(checkpoint), cuda_graphs)
         verified = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         _generating(verified)  # before a stage is loaded
         return cls(verified, load_engines(engine, verified, options), options)

@@ -22,7 +22,7 @@ from .subject import STANDARD, Subject
 
 FP16_MAX = 65504.0
 # FP16's smallest number and scores of a few tens sum to -inf; masks at or below this are reported in FP16.
-_FP16_MASK = -60000.0
+FP16_MASK = -60000.0
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _PIECE = 1 << 22
 # Operators that hand a mask's numbers on to the softmax.
@@ -33,14 +33,16 @@ MASK_FIX = "write the mask with -1e4, which is 0 behind the softmax in every pre
 
 
 @dataclass(frozen=True)
-class _Constant:
+class Constant:
+    """A tensor of an initializer or of a Constant node, and the value that it is read through."""
+
     name: str
     value: ir.Value
     tensor: ir.TensorProtocol
 
 
 @dataclass(frozen=True)
-class _Role:
+class Role:
     """Where a constant's numbers go: into a softmax, and through a cast to FP16."""
 
     masks: bool
@@ -49,7 +51,7 @@ class _Role:
 
 def check_constants(subject: Subject) -> Iterator[Finding]:
     """Every float constant is finite and within FP16. Reads one after the other, and those of other files in pieces."""
-    for one in _constants(subject.model):
+    for one in constants_of(subject.model):
         if one.tensor.dtype not in _FLOATS or one.tensor.size == 0 or _bounds_only(one.value):
             continue
         low, high = _range(one.tensor)
@@ -60,13 +62,13 @@ def check_constants(subject: Subject) -> Iterator[Finding]:
         yield from _check_range(subject, one, low, high)
 
 
-def _check_range(subject: Subject, one: _Constant, low: float, high: float) -> Iterator[Finding]:
+def _check_range(subject: Subject, one: Constant, low: float, high: float) -> Iterator[Finding]:
     in_fp16 = one.tensor.dtype == ir.DataType.FLOAT16
     beyond = low < -FP16_MAX or high > FP16_MAX
-    if not beyond and not (in_fp16 and low <= _FP16_MASK):
+    if not beyond and not (in_fp16 and low <= FP16_MASK):
         return
-    role = _role(one.value)
-    if low <= _FP16_MASK and role.masks:
+    role = role_of(one.value)
+    if low <= FP16_MASK and role.masks:
         yield _mask(subject, one, low, in_fp16=in_fp16, cast=role.cast_to_fp16)
     elif beyond:
         largest = high if high > -low else low
@@ -81,7 +83,7 @@ def _check_range(subject: Subject, one: _Constant, low: float, high: float) -> I
         )
 
 
-def _mask(subject: Subject, one: _Constant, low: float, *, in_fp16: bool, cast: bool) -> Finding:
+def _mask(subject: Subject, one: Constant, low: float, *, in_fp16: bool, cast: bool) -> Finding:
     shown = "-inf" if np.isinf(low) else f"{low:.6g}"
     if np.isinf(low) or low < -FP16_MAX:
         fatal = in_fp16 or cast or subject.computes_in_fp16
@@ -92,16 +94,17 @@ def _mask(subject: Subject, one: _Constant, low: float, *, in_fp16: bool, cast: 
     return subject.finding("mask", "error" if fatal else "warning", one.name, why, MASK_FIX, fixable=True)
 
 
-def _constants(model: ir.Model) -> Iterator[_Constant]:
+def constants_of(model: ir.Model) -> Iterator[Constant]:
+    """Those of the graph, its subgraphs and functions."""
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             if value.const_value is not None:
-                yield _Constant(name, value, value.const_value)
+                yield Constant(name, value, value.const_value)
         for node in graph:
             for attribute in node.attributes.values():
                 tensor = _tensor_of(attribute)
                 if tensor is not None and node.domain in STANDARD:
-                    yield _Constant(name_of(node), node.outputs[0], tensor)
+                    yield Constant(name_of(node), node.outputs[0], tensor)
 
 
 def _tensor_of(attribute: ir.Attr) -> ir.TensorProtocol | None:
@@ -144,7 +147,8 @@ def _bounds_only(value: ir.Value) -> bool:
     return bool(uses) and all(node.op_type == "Clip" and index > 0 for node, index in uses)
 
 
-def _role(value: ir.Value) -> _Role:
+def role_of(value: ir.Value) -> Role:
+    """Where the numbers of `value` end, followed through operators that hand them on."""
     masks = cast = False
     queue, seen = [value], {id(value)}
     while queue and len(seen) < _MOST_CARRIERS:
@@ -160,4 +164,4 @@ def _role(value: ir.Value) -> _Role:
                     if id(output) not in seen:
                         seen.add(id(output))
                         queue.append(output)
-    return _Role(masks, cast)
+    return Role(masks, cast)

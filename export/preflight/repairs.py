@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ...calibration.placement.patterns import infer_types
 from ...calibration.rules_graph import dtype_of
 from ..passes import GraphPass
-from .constants import _FP16_MASK, _constants, _role
+from .constants import FP16_MASK, constants_of, role_of
 from .subject import STANDARD
 
 # exp(-1e4) is an exact 0 in every float type, and two such masks together stay within FP16.
@@ -63,7 +63,7 @@ class LowerMasks(GraphPass):
         found = list(_masks(model))
         for value, tensor in found:
             array = tensor.numpy()
-            lowered = np.where(array <= _FP16_MASK, np.asarray(MASK, array.dtype), array).astype(array.dtype)
+            lowered = np.where(array <= FP16_MASK, np.asarray(MASK, array.dtype), array).astype(array.dtype)
             _store(value, ir.tensor(lowered, name=tensor.name))
         return model, bool(found)
 
@@ -129,10 +129,10 @@ class Float32Islands(GraphPass):
 
 
 def _masks(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    for one in _constants(model):
-        if one.tensor.dtype not in (_SINGLE, _HALF, _DOUBLE) or not _role(one.value).masks:
+    for one in constants_of(model):
+        if one.tensor.dtype not in (_SINGLE, _HALF, _DOUBLE) or not role_of(one.value).masks:
             continue
-        if bool((one.tensor.numpy() <= _FP16_MASK).any()):
+        if bool((one.tensor.numpy() <= FP16_MASK).any()):
             yield one.value, one.tensor
 
 

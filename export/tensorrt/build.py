@@ -19,7 +19,7 @@ from ...runtime.tensorrt.loader import find_local_machine
 from .child import Progress, run_child
 from .devices import check_device, device_of, find_device, with_device_limits
 from .job import BuildEvent, StageJob, StageResult
-from .profiles import bundle_profiles, narrow_contract, stage_inputs
+from .profiles import bundle_profiles, narrow_contract, narrow_generation, stage_inputs
 from .timing_cache import device_lock, timing_cache_file
 
 _DOMAINS = frozenset({"", "ai.onnx"})
@@ -81,6 +81,7 @@ def build_bundle(
             stages, results = job.build_all(plans, say)
             checks = {**source.manifest.checks, **checks, "build": _summary(results)}
             update = {"stages": stages, "target": "tensorrt", "checks": checks, "bridgeport_version": __version__}
+            update["generation"] = narrow_generation(source.manifest, stages)
             manifest = write_manifest(staging, source.manifest.model_copy(update=update))
     return Bundle(Path(out), manifest)
 

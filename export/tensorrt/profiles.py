@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ...engine_record import AxisRange, EngineProfile, ShapeRange
 from ...errors import InputError
-from ...manifest import Manifest, StageRecord
+from ...manifest import GenerationContract, Manifest, StageRecord
 from ...models.contract import Axis, StageContract, TensorSpec
 
 # The axis of a cache that grows by concatenation; no contract has it, since callers never see the cache.
@@ -121,6 +121,23 @@ def narrow_contract(contract: StageContract, profiles: Sequence[EngineProfile]) 
         _narrow(axis, [one.axes[axis.name] for one in profiles if axis.name in one.axes]) for axis in contract.axes
     )
     return contract.model_copy(update={"axes": axes})
+
+
+def narrow_generation(manifest: Manifest, stages: Sequence[StageRecord]) -> GenerationContract | None:
+    """The manifest's, its context no longer than what `llm` of the narrowed `stages` takes.
+
+    A prompt that is too long is then refused with the counts, before anything runs. A decoder that reads an encoder
+    keeps its context: that counts the encoder's tokens.
+    """
+    generation = manifest.generation
+    if generation is None or manifest.seq2seq is not None:
+        return generation
+    held = [axis.max for one in stages for axis in one.contract.axes if _is_context(one, axis)]
+    return generation.model_copy(update={"context_length": min([generation.context_length, *held])})
+
+
+def _is_context(stage: StageRecord, axis: Axis) -> bool:
+    return stage.contract.name == "llm" and axis.name == "total_sequence"
 
 
 def _narrow(axis: Axis, ranges: list[AxisRange]) -> Axis:

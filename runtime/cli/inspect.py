@@ -30,16 +30,25 @@ _SHOWN = 3
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Directory that `bridgeport export` wrote.")],
+    public_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Refuse a bundle that was not signed with this Ed25519 key (PEM)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
 ) -> None:
     """Show a bundle's stages, axes, precision, sizes, hashes and contracts; every file is verified first."""
     from ...bundle import Bundle
 
-    loaded = Bundle.load(bundle)
+    if public_key is None:
+        loaded = Bundle.load(bundle)
+    else:
+        from ...export.tensorrt.sign import verify_bundle
+
+        loaded = verify_bundle(bundle, public_key)
     if as_json:
         typer.echo(json.dumps(describe(loaded), indent=2))
         return
-    _print(loaded)
+    _print(loaded, signed=public_key is not None)
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def stage_bytes(bundle: Bundle, record: StageRecord) -> int:
     return sum(file.size for file in bundle.manifest.files if file.path in mine)
 
 
-def _print(bundle: Bundle) -> None:
+def _print(bundle: Bundle, *, signed: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -65,6 +74,7 @@ def _print(bundle: Bundle) -> None:
     console = Console()
     console.print(
         f"[bold]{escape(str(bundle.path))}[/]  {manifest.model_kind}, for {manifest.target}, every file verified"
+        + (", signed with the key" if signed else "")
     )
     console.print(
         f"made by bridgeport {manifest.bridgeport_version} from {manifest.checkpoint.architecture} "
@@ -140,6 +150,15 @@ def _print_stage(console: Console, bundle: Bundle, record: StageRecord) -> None:
         for spec in specs:
             console.print(f"  {word} {_tensor(spec)}", markup=False, highlight=False, soft_wrap=True)
             word = "     "
+    if (engine := record.engine) is not None:
+        machine, flags = engine.machine, ", ".join(engine.flags) or "none"
+        console.print(
+            f"  engine {engine.file}, TensorRT {machine.tensorrt} on {machine.gpu} (SM {machine.compute_capability}), "
+            f"flags {flags}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if record.quantization is not None:
         judged = bundle.manifest.checks.get("gate", {}).get("stages", ())
         gate = next((one for one in judged if one["stage"] == contract.name), None)

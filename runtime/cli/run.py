@@ -44,6 +44,9 @@ def run(
     ] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads per stage; all cores by default.")] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Capture the decode step once and replay it (--device cuda).")
+    ] = False,
     attention_map: Annotated[
         Path | None, typer.Option(help="Write a PNG of where each query looks (one picture).")
     ] = None,
@@ -64,7 +67,7 @@ def run(
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
-    with Pipeline.load(bundle, device=device, threads=threads) as pipeline:
+    with Pipeline.load(bundle, device=device, threads=threads, cuda_graphs=cuda_graphs) as pipeline:
         if attention_map is not None:
             check_attention_graph(pipeline.bundle)  # before the text is out, not after
         one_prompt = together or interleave or len(pictures) < 2

@@ -8,7 +8,6 @@ hashed as they are read, the record is compared with this machine, the driver is
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from ...engine_record import EngineRecord, MachineRecord, check_engine
 from ...errors import BundleIntegrityError, EngineError
 from ...manifest import StageRecord
 from .api import Api
-from .machine import find_machine
+from .machine import cuda_of_wheel, find_machine
 from .trial import ANSWER
 
 _TRIAL_SECONDS = 600.0
@@ -42,7 +41,7 @@ def find_local_machine(api: Api) -> MachineRecord:
     """This machine with its TensorRT. DependencyError without a driver that is new enough, UnsupportedError without a
     GPU; no runtime is made for it.
     """
-    return find_machine(str(api.version), cuda_major=_cuda_of_wheel())
+    return find_machine(str(api.version), cuda_major=cuda_of_wheel())
 
 
 def engine_record(bundle: Bundle, stage: StageRecord) -> EngineRecord:
@@ -134,15 +133,6 @@ def _run_trial(arguments: list[str]) -> str | None:
         name = signal.Signals(-done.returncode).name
         return f"a process that tried it was ended by {name} (the plan is damaged, or the driver is)"
     return lines[-1] if lines else f"a process that tried it ended with status {done.returncode}"
-
-
-def _cuda_of_wheel() -> int | None:
-    """Major version of the CUDA that the installed wheel is made for; None for JetPack's own package."""
-    for major in (13, 12):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version(f"tensorrt_cu{major}_bindings")
-            return major
-    return None
 
 
 def _sha256_of(bundle: Bundle, record: EngineRecord) -> str:

@@ -6,8 +6,10 @@ Asked before TensorRT is, because without a device its libraries crash or answer
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import platform
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from ...engine_record import MachineRecord
@@ -73,6 +75,15 @@ def find_machine(tensorrt: str, *, cuda_major: int | None = None, library: str =
         l4t=l4t,
         jetpack=None if l4t is None else jetpack_of(l4t),
     )
+
+
+def cuda_of_wheel() -> int | None:
+    """Major version of the CUDA that the installed wheel of TensorRT is made for; None for JetPack's own package."""
+    for major in (13, 12):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(f"tensorrt_cu{major}_bindings")
+            return major
+    return None
 
 
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:

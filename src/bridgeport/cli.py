@@ -20,6 +20,7 @@ from .errors import BridgeportError, CheckFailed
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
+_STOPPED = "stopped before the end; nothing was written"
 # Verb -> module with a function of that name, in the order in which `--help` lists them.
 VERBS = {
     "demo": "bridgeport.runtime.cli.demo",
@@ -85,11 +86,14 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, _UsageError) and error.ctx else ""
         return _fail(error.format_message() + hint, 2, debug)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("stopped before the end; nothing was written", 130, debug)
+        return _fail(_STOPPED, 130, debug)
     except BrokenPipeError:
         return 0
     except Exception as error:  # noqa: BLE001 - the last resort: one line, the traceback with --debug
         return _fail(f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)", 2, debug)
+    # Newer versions of typer turn Ctrl-C into this status and say nothing.
+    if result == 130:
+        return _fail(_STOPPED, 130, debug=False)
     return result if isinstance(result, int) else 0
 
 
