@@ -45,7 +45,7 @@ Feed = Mapping[str, NDArray[Any]]
 # much. Massive tokens of a residual stream survive no INT8 scale, whatever is smoothed.
 _PARTS: tuple[tuple[str, ...], ...] = (("attention", "residuals"), ("residuals",), ())
 # How many calibration samples a step is tried on; the gate looks at others.
-_TRIED_ON = 8
+_TRIED_ON = 16
 _MOVES = frozenset({"Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
 
 
@@ -221,7 +221,7 @@ def _tensorrt(job: StageJob) -> StageRecord:
 def _step_back(
     job: StageJob, build: Callable[[Sequence[str]], Placement], aside: Sequence[Feed]
 ) -> tuple[Sequence[str], Placement]:
-    """The first of `_PARTS` that keeps the cosine with a margin for pictures that nobody has seen, else the last, built.
+    """The first of `_PARTS` that keeps the cosine, with a margin for unseen pictures, else the last, built.
 
     Mixed precision looks at more pictures, and has added the margin.
     """

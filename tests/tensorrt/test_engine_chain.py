@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from tests.tensorrt.engines import Doubles, install_doubles, write_engines
 from tests.tensorrt.listing import VERSIONS
 
 from bridgeport.bundle import Bundle, write_manifest
-from bridgeport.errors import EngineError
+from bridgeport.engine_record import BuildOptions
+from bridgeport.errors import EngineError, InputError
 from bridgeport.export.passes.standard_decoder import write_standard_decoder
+from bridgeport.export.tensorrt import build
+from bridgeport.export.tensorrt.build import BuildRun, build_bundle
+from bridgeport.export.tensorrt.worker import Reporter, build_stage
 from bridgeport.models.small.pictures import held_out
 from bridgeport.runtime import Pipeline
 from bridgeport.runtime.backends import EngineOptions
@@ -56,6 +61,29 @@ def test_text_is_that_of_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert answers(pipeline, PROMPTS, ignore_eos=True, max_new_tokens=6) == expected
     doubles.tensorrt.check_order()
     assert doubles.cuda.left() == {}, "closing frees all"
+
+
+@pytest.mark.parametrize(("version", "strip"), [("10.3", True), ("11.4", False)])
+def test_what_build_wrote_loads_and_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, strip: bool
+) -> None:
+    """`build_bundle`, the check of the bundle, the loader and the chain, one after the other."""
+    source = write_bundle(tmp_path / "bundle")
+    with Pipeline.load(source, threads=1) as pipeline:
+        expected = answers(pipeline, PROMPTS, ignore_eos=True, max_new_tokens=6)
+        assert pipeline.generate(pictures(1)[0], PROMPTS[0], ignore_eos=True, max_new_tokens=36).token_ids
+    doubles = install_doubles(monkeypatch, tmp_path, version)
+    monkeypatch.setattr(build, "run_child", lambda job, _: build_stage(job, Reporter(io.StringIO())))
+    chosen: Any = {"options": BuildOptions(strip=strip), "run": BuildRun(skip_preflight=True)}
+    build_bundle(source.path, tmp_path / "engines", profiles=["batch=1,1,4 llm.total_sequence=1,8,40"], **chosen)
+    with Pipeline.load(tmp_path / "engines") as pipeline:
+        assert isinstance(pipeline.engines["llm"], ConcatenatedTensorRtEngine)
+        assert answers(pipeline, PROMPTS, ignore_eos=True, max_new_tokens=6) == expected
+        # What the profile leaves out is refused at the prompt, not in the middle of the answer.
+        with pytest.raises(InputError, match="the context holds 40"):
+            pipeline.generate(pictures(1)[0], PROMPTS[0], ignore_eos=True, max_new_tokens=36)
+    doubles.tensorrt.check_order()
+    assert doubles.cuda.left() == {}
 
 
 def test_the_small_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_bundle: Path) -> None:

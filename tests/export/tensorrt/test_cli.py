@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.tensorrt.double import install_double
 from bridgeport import cli
 from bridgeport.bundle import Bundle
 from bridgeport.export.tensorrt import build
+from bridgeport.export.tensorrt.sign import sign_bundle
 from bridgeport.export.tensorrt.worker import Reporter, build_stage
 
 
@@ -70,6 +72,31 @@ def test_pack_says_what_to_do_next(bundle: Bundle, tmp_path: Path, capsys: pytes
     assert cli.main(["pack", str(bundle.path), "-o", str(out), "--force", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document == {"archive": str(out), "bytes": out.stat().st_size, "device": "local", "signed": False}
+
+
+def test_inspect_reads_a_bundle_only_with_the_signature_of_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = pytest.importorskip("cryptography.hazmat.primitives.serialization", reason="pip install 'bridgeport[sign]'")
+    ed25519 = import_module("cryptography.hazmat.primitives.asymmetric.ed25519")
+    key = ed25519.Ed25519PrivateKey.generate()
+    private, public = tmp_path / "key.pem", tmp_path / "public.pem"
+    private.write_bytes(key.private_bytes(to.Encoding.PEM, to.PrivateFormat.PKCS8, to.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(to.Encoding.PEM, to.PublicFormat.SubjectPublicKeyInfo))
+    folder = write_bundle(tmp_path / "bundle").path
+    words = ["inspect", str(folder), "--public-key", str(public)]
+    assert cli.main(words) == 2
+    assert "manifest.json is not signed" in capsys.readouterr().err
+    sign_bundle(folder, private)
+    assert cli.main(words) == 0
+    assert "signed with the key" in capsys.readouterr().out.replace("\n", " ")
+    with (folder / "manifest.json").open("a") as manifest:
+        manifest.write("\n")
+    assert cli.main([*words, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "was not signed with the key" in captured.err
+    assert len(captured.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
