@@ -37,7 +37,7 @@ class EngineOptions:
             raise InputError(
                 f"threads is {self.threads!r}; accepted is a whole number from 1 up, or None for all cores"
             )
-        if self.cuda_graphs and self.device == "cpu":
+        if self.cuda_graphs and self.device.startswith("cpu"):
             raise InputError("CUDA graphs need a GPU and the device is cpu; give the device cuda, or leave them out")
 
 
