@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, sha256
+from ..bundle import Bundle
 from ..errors import InputError
 from ..models.contract import StageContract
 from .data_npz import NpzFile
@@ -65,7 +65,7 @@ def open_tensors(
 
     A tensor is named `stage/input` ("encoder/pixel_values"); in a file with the inputs of one stage alone, `input`
     will do. In a `.npz` file the leading axis counts samples where every input's leading axis is the stage's batch;
-    any other file is one sample. In Polygraphy's JSON each iteration is one.
+    any other file is one sample. In Polygraphy's JSON each iteration is one. Equal samples count as one.
 
     Raises InputError for wrong names, shapes and types, NaN and infinity, pickled objects and damaged files.
     """
@@ -74,21 +74,23 @@ def open_tensors(
     contracts = {stage.contract.name: stage.contract for stage in bundle.manifest.stages}
     found: dict[str, TensorUnit] = {}
     for file in files:
-        content = _digest(file)
         check_marks(file, bundle)
-        for index, _ in enumerate(read_tensors(file, contracts)):
-            digest = hashlib.sha256(f"{content}:{index}".encode()).hexdigest()
+        for index, tensors in enumerate(read_tensors(file, contracts)):
+            digest = _digest(tensors)
             found.setdefault(digest, TensorUnit(digest, 1, file, index))
     units = seeded_order(found, seed)[:limit]
-    check_minimum(len(units), minimum, str(path), "samples of tensors")
+    check_minimum(len(units), minimum, str(path), "different samples of tensors")
     return TensorData(str(path), seed, tuple(units), contracts)
 
 
-def _digest(file: Path) -> str:
-    try:
-        return sha256(file)
-    except OSError as error:
-        raise InputError(f"{file} may not be read ({error.strerror}); change its rights") from error
+def _digest(tensors: Tensors) -> str:
+    """SHA-256 over one sample, so that equal ones count once and never stand on both sides of a split."""
+    digest = hashlib.sha256()
+    for stage, arrays in sorted(tensors.items()):
+        for name, array in sorted(arrays.items()):
+            digest.update(f"{stage}/{name} {array.dtype.str} {array.shape}\n".encode())
+            digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path, contracts: Contracts) -> Iterator[Tensors]:

@@ -87,6 +87,14 @@ class TaskVerdict:
         """Whether no more was lost than the limit allows."""
         return self.drop <= self.limit
 
+    @property
+    def too_coarse(self) -> str:
+        """What to say where one answer is more than the limit allows, else nothing."""
+        step = 100.0 / self.items
+        if not 0 < self.limit < step:
+            return ""
+        return f", and one answer of {self.items} is {step:.2f}: give more pictures with answers, or raise --task-drop"
+
 
 @dataclass(frozen=True)
 class GateReport:
@@ -108,7 +116,7 @@ class GateReport:
         if self.task is not None and not self.task.passed:
             lines.append(
                 f"task: {self.task.drop:.2f} points lost (standard error {self.task.standard_error:.2f}), the limit is "
-                f"{self.task.limit:g}"
+                f"{self.task.limit:g}{self.task.too_coarse}"
             )
         return lines
 

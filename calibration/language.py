@@ -36,12 +36,13 @@ def quantize_language(job: StageJob) -> StageRecord:
         graph, details = _standard(job, work) if target == "tensorrt" else (job.graph, {})
         kept: dict[str, str] = {}
         # Before the weights are rounded: what is observed are FP32's activations.
-        float32 = {} if target == "cpu" and job.precision in _BITS else _float32_nodes(job, graph)
+        half = job.precision == "fp16" or (target != "cpu" and job.precision != "fp32")
+        float32 = _float32_nodes(job, graph) if half else {}
         if job.precision in _BITS:
             rounded = _round_weights(job, graph, work / "rounded.onnx")
             kept, graph = rounded.pop("kept"), work / "rounded.onnx"
             details |= rounded
-        if job.precision == "fp16" or (target != "cpu" and job.precision != "fp32"):
+        if half:
             details |= _half(job, graph, float32)
             kept |= float32
         else:

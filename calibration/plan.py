@@ -50,6 +50,8 @@ def plan_stages(
             raise InputError(f"stage {name!r} is unknown; this bundle has {', '.join(names)}")
         plan[name] = _check_stage(name, _known_precision(override), aim)
     _check_source(manifest, plan)
+    if aim == "cpu" and all(plan[stage.contract.name] == stage.precision for stage in manifest.stages):
+        raise InputError(f"precision {precision} for cpu is what the bundle has already; choose fp16, int8 or int4")
     return plan
 
 

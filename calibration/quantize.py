@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class GateFailed(CheckFailed):
     """The bundle missed a limit and was not written; `report` says which stage and layer."""
 
     def __init__(self, report: GateReport) -> None:
-        super().__init__(f"not written: {'; '.join(report.failures())}")
+        super().__init__(f"not written: {'; '.join(report.failures())} (limits of `bridgeport quantize --help`)")
         self.report = report
 
 
@@ -100,17 +100,18 @@ def judge(
     """Hold `candidate`, run by `engine`, against `source` on pictures that calibration did not see."""
     tell = say or _say_nothing
     stages = changed_stages(source, candidate)
+    fed = _fed_stages(stages, candidate, held_out)
 
     tell("judging: comparing with FP32")
-    feeds = feed_stages(source, held_out, stages) if stages else iter(())
-    differences = stage_differences(source, candidate, feeds, stages, engine)
+    feeds = feed_stages(source, held_out, fed) if fed else iter(())
+    differences = stage_differences(source, candidate, feeds, fed, engine)
     notes: list[str] = []
     tell("judging: timing")
     timings = _timings(source, candidate, held_out, notes, engine)
     verdicts = []
     for stage in stages:
         if stage not in differences:
-            notes.append(f"{stage} has no part in these pictures and was not judged")
+            notes.append(f"{stage} has no part in this data and was not judged")
             continue
         timing = timings.get("llm" if is_language(stage) else stage)
         verdict = judge_stage(stage, candidate.manifest.stage(stage).precision, differences[stage], timing, limits)
@@ -120,6 +121,22 @@ def judge(
         verdicts.append(verdict)
     task = _judge_task(source, candidate, held_out, limits, notes, tell)
     return GateReport(tuple(verdicts), held_out.pictures, task, tuple(notes))
+
+
+def _fed_stages(stages: Sequence[str], candidate: Bundle, held_out: CalibrationData) -> list[str]:
+    """Those of `stages` that the data must have inputs for.
+
+    Tensors of other stages say nothing about a language model that stays in FP32 and only changed its form.
+    """
+    sample = next(held_out.samples(), None)
+    if sample is None or sample.tensors is None:
+        return list(stages)
+    given = sample.tensors
+    return [
+        one
+        for one in stages
+        if one in given or not (is_language(one) and candidate.manifest.stage(one).precision == "fp32")
+    ]
 
 
 def _timings(

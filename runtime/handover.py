@@ -215,12 +215,12 @@ def _write_tables(embeddings: PromptEmbeddings, target: Path, dtype: FloatType, 
 
 
 def _write_file(target: Path, data: bytes, force: bool) -> None:
-    if target.is_dir():
-        raise OutputError(f"{target} is a directory; name a file")
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists; name another file, or replace it with --force")
     partial = target.with_name(f".{target.name}.partial")
     with output_errors(target):
+        if target.is_dir():
+            raise OutputError(f"{target} is a directory; name a file")
+        if target.exists() and not force:
+            raise OutputError(f"{target} exists; name another file, or replace it with --force")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(data)

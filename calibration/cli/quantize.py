@@ -137,7 +137,7 @@ def _print(document: dict[str, Any]) -> None:
     table.add_column("precision", no_wrap=True)
     table.add_column("worst token's cosine", no_wrap=True)
     table.add_column("ms, FP32 -> now", no_wrap=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True, min_width=6)
     for one in document["stages"]:
         times = "not timed"
         if one["slowdown"] is not None:

@@ -30,7 +30,7 @@ def build(
         list[str] | None,
         typer.Option(
             metavar="'AXIS=MIN,OPT,MAX ...'",
-            help="One optimization profile, as in 'batch=1,4,8 text=1,32,64'; STAGE.AXIS for one stage; repeat for "
+            help="One optimization profile, as in 'batch=1,4,8 sequence=1,32,64'; STAGE.AXIS for one stage; repeat for "
             "several profiles. Axes that are not named keep the range that they were exported for.",
         ),
     ] = None,
@@ -127,9 +127,9 @@ def _emit(
     if out is None:
         typer.echo(script, nl=False)
         return
-    if out.is_dir() or (out.exists() and not force):
-        raise OutputError(f"{out} exists; name another file, or replace it with --force")
     with output_errors(out):
+        if out.is_dir() or (out.exists() and not force):
+            raise OutputError(f"{out} exists; name another file, or replace it with --force")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(script, encoding="utf-8")
 

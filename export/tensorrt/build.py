@@ -80,8 +80,13 @@ def build_bundle(
             job = _Jobs(source, staging, machine, chosen, settings, requested_words(profiles, options))
             stages, results = job.build_all(plans, say)
             checks = {**source.manifest.checks, **checks, "build": _summary(results)}
-            update = {"stages": stages, "target": "tensorrt", "checks": checks, "bridgeport_version": __version__}
-            update["generation"] = narrow_generation(source.manifest, stages)
+            update = {
+                "stages": stages,
+                "generation": narrow_generation(source.manifest, stages),
+                "target": "tensorrt",
+                "checks": checks,
+                "bridgeport_version": __version__,
+            }
             manifest = write_manifest(staging, source.manifest.model_copy(update=update))
     return Bundle(Path(out), manifest)
 

@@ -103,10 +103,11 @@ def write_archive(root: Path, out: Path) -> None:
 def _check_out(out: Path, *, force: bool) -> None:
     if not out.name.endswith(SUFFIX) or out.name == SUFFIX:
         raise InputError(f"{out} does not end in {SUFFIX}; name the archive so")
-    if out.is_dir():
-        raise OutputError(f"{out} is a directory; name another place for the archive")
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists; name another place, or replace it with --force")
+    with output_errors(out):
+        if out.is_dir():
+            raise OutputError(f"{out} is a directory; name another place for the archive")
+        if out.exists() and not force:
+            raise OutputError(f"{out} exists; name another place, or replace it with --force")
 
 
 def _copy_bundle(source: Bundle, target: Path) -> None:

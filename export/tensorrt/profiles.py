@@ -1,6 +1,6 @@
 """Optimization profiles: from the stage's contract, narrowed by what the command line asks for.
 
-`--profile "batch=1,4,8 text=1,32,64"` is one profile: MIN,OPT,MAX of each axis that is named (one number for all
+`--profile "batch=1,4,8 sequence=1,32,64"` is one profile: MIN,OPT,MAX of each axis that is named (one number for all
 three), the contract's own range for the others. `encoder.batch=...` is for one stage. Several `--profile` give several
 profiles, which all name the same axes.
 """
@@ -18,7 +18,9 @@ from ...models.contract import Axis, StageContract, TensorSpec
 
 # The axis of a cache that grows by concatenation; no contract has it, since callers never see the cache.
 PAST = "past_sequence"
-_SYNTAX = "write one profile as --profile 'batch=1,4,8 text=1,32,64' (MIN,OPT,MAX per axis; STAGE.AXIS for one stage)"
+_SYNTAX = (
+    "write one profile as --profile 'batch=1,4,8 sequence=1,32,64' (MIN,OPT,MAX per axis; STAGE.AXIS for one stage)"
+)
 
 
 @dataclass(frozen=True)

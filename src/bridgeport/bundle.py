@@ -25,6 +25,7 @@ from .manifest import SCHEMA_VERSION, FileRecord, Manifest
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_PLACE = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP}
 
 
 @dataclass(frozen=True)
@@ -227,8 +228,9 @@ def check_output(out: str | Path, *, force: bool = False, protect: tuple[Path, .
 
 
 def _check_target(target: Path, *, force: bool, protect: tuple[Path, ...]) -> None:
-    if not (target.exists() or target.is_symlink()):
-        return
+    with output_errors(target):
+        if not (target.exists() or target.is_symlink()):
+            return
     if not target.is_dir() or target.is_symlink():
         raise OutputError(f"{target} exists and is not a directory; name another place for the bundle")
     for kept in (*protect, Path.cwd(), Path.home()):
@@ -269,7 +271,16 @@ def output_errors(target: Path) -> Iterator[None]:
             raise OutputError(
                 f"{error.filename or target} may not be written ({error.strerror}); name another place"
             ) from error
+        if error.errno in _NO_PLACE and error.filename is not None and _leads_to(Path(error.filename), target):
+            raise OutputError(
+                f"{target} cannot be made (of {error.filename} the system says: {error.strerror}); name another place"
+            ) from error
         raise
+
+
+def _leads_to(path: Path, target: Path) -> bool:
+    """Whether `path` is `target`, a directory above it or a file beside it, and not some file that was read."""
+    return target.is_relative_to(path) or path.parent == target.parent
 
 
 def write_manifest(root: Path, manifest: Manifest) -> Manifest:

@@ -333,7 +333,7 @@ def bad_archives() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "pickle", {"pixel_values": np.array([{}, None], object)}, "holds pickled objects (object), which are never"
     yield "order", {"pixel_values": np.asfortranarray(good)}, "is in Fortran order"
     yield "none", {}, "holds no tensor; save the inputs of a stage"
-    yield "few", {"pixel_values": good[:3]}, "has 3 samples of tensors, calibration needs at least 8"
+    yield "few", {"pixel_values": good[:3]}, "has 3 different samples of tensors, calibration needs at least 8"
 
 
 @pytest.mark.parametrize(("arrays", "said"), [pytest.param(*rest, id=name) for name, *rest in bad_archives()])
@@ -372,7 +372,7 @@ def test_damaged_archives(tmp_path: Path, bundle: Bundle) -> None:
         ('[{"pixel_values": {"polygraphy_class": "ndarray"}}]', "is no JSON of inputs"),
         ('[{"pixel_values": {"polygraphy_class": "ndarray", "array": "gAR9lC4="}}]', "is no JSON of inputs"),
         ('[{"pixel_values": {"polygraphy_class": "Tensor", "tensor": "gAR9lC4="}}]', "holds a Tensor; accepted are"),
-        ("[]", "has 0 samples of tensors, calibration needs at least 8"),
+        ("[]", "has 0 different samples of tensors, calibration needs at least 8"),
     ],
 )
 def test_bad_json(tmp_path: Path, bundle: Bundle, text: str, said: str) -> None:

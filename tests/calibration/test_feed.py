@@ -214,6 +214,7 @@ def test_an_empty_cache_completes_the_graphs_inputs(small: Bundle, data: Calibra
     assert with_empty_cache(None, inputs) == inputs
 
 
+@pytest.mark.slow
 def test_scoring_stages(score_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = Bundle.load(score_bundle("retrieval"))
     lines = "".join(f'{{"image": "{number}.png", "texts": ["a red circle", "two"]}}\n' for number in range(3))

@@ -99,6 +99,7 @@ def test_a_task_without_answers(data: Path, small_bundle: Path) -> None:
         task_accuracy(Bundle.load(small_bundle), silent)
 
 
+@pytest.mark.slow
 def test_a_bundle_that_scores_has_no_such_task(data: Path, score_bundle: Callable[[str], Path]) -> None:
     with pytest.raises(InputError, match="generates none"):
         task_accuracy(Bundle.load(score_bundle("retrieval")), open_calibration(data).samples())

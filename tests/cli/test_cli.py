@@ -68,6 +68,15 @@ def test_an_unexpected_error_is_one_line_too(
     assert len(captured.err.splitlines()) == 1
 
 
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bridgeport.runtime.cli.doctor.examine", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err.strip() == "bridgeport: stopped before the end; nothing was written"
+
+
 def test_doctor_json_names_this_machine_and_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -162,6 +162,12 @@ def test_unknown_devices(text: str) -> None:
         Device.parse(text)
 
 
+def test_cuda_graphs_without_a_gpu() -> None:
+    with pytest.raises(InputError, match="CUDA graphs need a GPU and the device is cpu; give the device cuda"):
+        EngineOptions(cuda_graphs=True)
+    assert EngineOptions("cuda", cuda_graphs=True).cuda_graphs
+
+
 def test_a_provider_that_does_not_start_is_no_silent_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime falls back to the CPU with a line in its log when a library of CUDA is missing."""
 

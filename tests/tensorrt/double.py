@@ -34,6 +34,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,6 +111,7 @@ def create_double(version: str = "11.4", **knobs: Any) -> TensorRtDouble:
     """A double of its own; `.module` is the module."""
     listing = load_listing(version)
     module = ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)  # importlib.util.find_spec asks for it
     double = TensorRtDouble(listing.version, listing, module, **knobs)
     module.__dict__["__version__"] = FULL_VERSIONS[listing.version]
     for name, members in listing.enums.items():

@@ -14,6 +14,7 @@ from tests.tensorrt.cuda_double import COMPUTE_MS, COPY_MS
 from tests.tensorrt.engines import Doubles, install_doubles, write_engines
 from tests.tensorrt.listing import VERSIONS
 
+from bridgeport import cli
 from bridgeport.bundle import Bundle, write_manifest
 from bridgeport.engine_record import BuildOptions
 from bridgeport.errors import EngineError, InputError
@@ -21,6 +22,7 @@ from bridgeport.export.passes.standard_decoder import write_standard_decoder
 from bridgeport.export.tensorrt import build
 from bridgeport.export.tensorrt.build import BuildRun, build_bundle
 from bridgeport.export.tensorrt.worker import Reporter, build_stage
+from bridgeport.models.small import checkpoint_path
 from bridgeport.models.small.pictures import held_out
 from bridgeport.runtime import Pipeline
 from bridgeport.runtime.backends import EngineOptions
@@ -99,6 +101,21 @@ def test_the_small_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_
     switched = doubles.tensorrt.of("IExecutionContext.set_optimization_profile_async")
     assert {call.arguments["profile_index"] for call in switched} == {0, 1}, "prefill and decode"
     doubles.tensorrt.check_order()
+
+
+@pytest.mark.slow  # PyTorch runs the checkpoint
+def test_parity_of_engines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    standard = write_standard_bundle(Bundle.load(small_bundle), tmp_path / "standard")
+    doubles = install_doubles(monkeypatch, tmp_path)
+    write_engines(standard, tmp_path / "engines", doubles.api)
+    picture = tmp_path / "picture.png"
+    pictures(1)[0].save(picture)
+    words = ["parity", str(tmp_path / "engines"), "--reference", str(checkpoint_path()), "--image", str(picture)]
+    assert cli.main(words) == 0
+    assert "greedy tokens equal" in " ".join(capsys.readouterr().out.split())
+    assert doubles.tensorrt.of("IExecutionContext.execute_async_v3")
 
 
 def write_standard_bundle(source: Bundle, folder: Path) -> Bundle:

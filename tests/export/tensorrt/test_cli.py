@@ -111,10 +111,14 @@ def test_inspect_reads_a_bundle_only_with_the_signature_of_the_key(
         (["build", "BUNDLE", "--emit", "make"], "--emit 'make' is unknown; accepted are trtexec, polygraphy"),
         (["build", "/nowhere", "-o", "x"], "/nowhere does not exist"),
         (["pack", "BUNDLE", "-o", "x.zip"], "x.zip does not end in .tar.gz"),
+        (["pack", "BUNDLE", "-o", "BUNDLE/manifest.json/x.tar.gz"], "File exists); name another place"),
+        (["pack", "BUNDLE", "-o", "x" * 300 + ".tar.gz"], "File name too long); name another place"),
+        (["build", "BUNDLE", "-o", "x" * 300], "File name too long); name another place"),
+        (["build", "BUNDLE", "--emit", "trtexec", "-o", "BUNDLE/manifest.json/x"], "File exists); name another place"),
     ],
 )
 def test_bad_usage(words: list[str], said: str, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([str(bundle.path) if word == "BUNDLE" else word for word in words]) == 2
+    assert cli.main([word.replace("BUNDLE", str(bundle.path)) for word in words]) == 2
     captured = capsys.readouterr()
     assert said in captured.err
     assert len(captured.err.splitlines()) == 1
