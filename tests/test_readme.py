@@ -29,7 +29,9 @@ def desk(tmp_path: Path, held_out_picture: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def commands() -> list[list[str]]:
-    lines = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("bridgeport ")]
+    """Those of blocks without a language: what needs pictures of one's own, or a GPU, stands in `text` blocks."""
+    blocks = [block for language, block in BLOCKS if not language]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("bridgeport ")]
     return [shlex.split(line)[1:] for line in lines]
 
 
