@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/bridgeport demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto -m "not slow and not gpu and not tensorrt"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu and not tensorrt"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not tensorrt"

@@ -33,7 +33,9 @@ def score(bundle: Path, files: list[str], *options: str, texts: list[str] | None
     return main(["score", str(bundle), *words, "--threads", "1", *options])
 
 
-@pytest.mark.parametrize("name", ["retrieval", "clip", "siglip"])
+@pytest.mark.parametrize(
+    "name", ["retrieval", pytest.param("clip", marks=pytest.mark.slow), pytest.param("siglip", marks=pytest.mark.slow)]
+)
 def test_json(score_bundle: GetPath, files: list[str], name: str, capsys: Captured) -> None:
     assert score(score_bundle(name), files, "--json") == 0
     out, err = capsys.readouterr()

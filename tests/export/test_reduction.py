@@ -60,6 +60,7 @@ def export_without_lint(checkpoint: Path, out: Path, reduction: str, monkeypatch
     export_checkpoint(checkpoint, out, reduce_tokens=reduction)
 
 
+@pytest.mark.slow
 def test_pooled_tiles_from_checkpoint_to_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """AnyRes: transformers puts the pooled tiles together as if a patch were twice as large."""
     checkpoint = write_llava_checkpoint(tmp_path / "checkpoint", anyres=True, **ONE_LAYER)
