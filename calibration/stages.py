@@ -139,6 +139,10 @@ def quantize_stage(job: StageJob) -> StageRecord:
     if job.options.target == "cpu":
         from .cpu import quantize_for_cpu
 
+        if all(one.op_type == "Conv" for one in find_linears(ir.load(job.graph))):
+            job.say(f"{job.name}: has no matrix product that a CPU computes in INT8, and stays as it is")
+            return _copy(job)
+
         return quantize_for_cpu(job, engine=job.options.engine)
     return _tensorrt(job)
 

@@ -100,11 +100,25 @@ def test_the_worked_example(installed: None, tmp_path: Path, monkeypatch: pytest
     check_chain(Path("my-llava"), Path("bundle"), "conv-projector")
     sys.modules.pop("my_connectors", None)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) != tmp_path / "site"])
+    quantise_for_tensorrt(tmp_path)
     with Pipeline.load("bundle", threads=1) as pipeline:
         assert pipeline.manifest.custom_connector == "conv-projector"
         assert pipeline.encode(picture(30, 30)).shape == (1, 4, 32)
         assert pipeline.generate(picture(30, 30), "what?", max_new_tokens=2).token_ids
     assert "my_connectors" not in sys.modules
+
+
+def quantise_for_tensorrt(folder: Path) -> None:
+    """Without the connector's code: a bundle is all that quantising needs."""
+    (folder / "pictures").mkdir()
+    for number in range(8):
+        picture(40, 90, number).save(folder / "pictures" / f"{number}.png")
+    options = ["--calibration", str(folder / "pictures"), "--cache", str(folder / "cache"), "--min-cosine", "0.5"]
+    assert main(["quantize", "bundle", "-o", "int8", "--precision", "int8", "--target", "tensorrt", *options]) == 0
+    with Pipeline.load("int8", threads=1) as pipeline:
+        assert pipeline.manifest.custom_connector == "conv-projector"
+        assert pipeline.manifest.stage("connector").precision == "int8"
+        assert pipeline.generate(picture(30, 30), "what?", max_new_tokens=2).token_ids
 
 
 @pytest.mark.slow
