@@ -15,7 +15,7 @@ from ..runtime.parity.metrics import Difference, compare
 from .data_types import Inputs
 from .feed import StageInputs, source_of, with_empty_cache
 from .latency import slowdown
-from .plan import LANGUAGE_STAGES, LOOKUP_STAGES
+from .plan import LOOKUP_STAGES
 from .tapped import open_values
 
 if TYPE_CHECKING:
@@ -260,8 +260,3 @@ def changed_stages(before: Bundle, after: Bundle) -> list[str]:
         for stage in after.manifest.stages
         if stage != was[stage.contract.name] and stage.contract.name not in LOOKUP_STAGES
     ]
-
-
-def is_language(stage: str) -> bool:
-    """Whether the stage belongs to the language model, whose time is counted as `llm`."""
-    return stage in LANGUAGE_STAGES

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from .observers.settings import OBSERVERS
 
-OBSERVERS = ("minmax", "moving-average", "percentile", "mse", "entropy")
 # Fewer pictures than this leave nothing to judge with; NVIDIA and others advise hundreds for a vision encoder.
 MIN_PICTURES = 8
-
-
 ENGINES = ("onnxruntime", "openvino")
 WEIGHTS = ("rtn", "gptq")
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
 
 from ..errors import InputError
+from ..export.options import PRECISIONS, TARGETS
 from ..manifest import Manifest, Precision, Target
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-TARGETS: tuple[Target, ...] = get_args(Target)
 
 # What a target runs. FP8 needs TensorRT's kernels; the CPU provider computes FP16 by casting back and forth, which the
 # gate on speed then refuses unless it is raised.

@@ -11,7 +11,6 @@ from .._version import __version__
 from ..bundle import Bundle, sha256, staged_directory, write_manifest
 from ..errors import CheckFailed
 from ..export.disk import disk_full_as_os_error
-from ..export.stages import stage_file
 from ..manifest import CalibrationRecord, Manifest, StageRecord
 from ..models.contract import KvCacheContract
 from .data import CalibrationData, open_calibration
@@ -21,14 +20,13 @@ from .gate import (
     GateReport,
     TaskVerdict,
     changed_stages,
-    is_language,
     judge_stage,
     judge_task,
     stage_differences,
     time_bundles,
 )
 from .options import MIN_PICTURES, QuantizeOptions
-from .plan import plan_stages
+from .plan import LANGUAGE_STAGES, plan_stages
 from .stages import StageJob, blame_layer, quantize_stage
 
 Progress = Callable[[str], None]
@@ -113,7 +111,7 @@ def judge(
         if stage not in differences:
             notes.append(f"{stage} has no part in this data and was not judged")
             continue
-        timing = timings.get("llm" if is_language(stage) else stage)
+        timing = timings.get("llm" if stage in LANGUAGE_STAGES else stage)
         verdict = judge_stage(stage, candidate.manifest.stage(stage).precision, differences[stage], timing, limits)
         if not verdict.min_token_cosine >= verdict.min_cosine:
             tell(f"judging: looking for the layer of {stage} that is to blame")
@@ -135,7 +133,7 @@ def _fed_stages(stages: Sequence[str], candidate: Bundle, held_out: CalibrationD
     return [
         one
         for one in stages
-        if one in given or not (is_language(one) and candidate.manifest.stage(one).precision == "fp32")
+        if one in given or not (one in LANGUAGE_STAGES and candidate.manifest.stage(one).precision == "fp32")
     ]
 
 
@@ -228,6 +226,3 @@ def cache_of(manifest: Manifest, llm: StageRecord) -> KvCacheContract | None:
 
 def _say_nothing(_: str) -> None:
     pass
-
-
-__all__ = ["GateFailed", "QuantizeOptions", "judge", "quantize_bundle", "stage_file"]

@@ -9,8 +9,8 @@ from typing import get_args
 from ..errors import DependencyError, InputError
 from ..manifest import Precision, Target
 
-PRECISIONS = get_args(Precision)
-TARGETS = get_args(Target)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+TARGETS: tuple[Target, ...] = get_args(Target)
 # What an exported graph depends on; their versions go into the manifest.
 LIBRARIES = (
     "torch",

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bridgeport.calibration.gate import MIN_COSINE, GateLimits, GateReport, judge_stage, judge_task
-from bridgeport.calibration.plan import PRECISIONS
 from bridgeport.calibration.task import TaskScore
 from bridgeport.errors import InputError
+from bridgeport.export.options import PRECISIONS
 from bridgeport.runtime.parity.metrics import Difference, compare
 
 TIMES = (10.0, 8.0, 0.8)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from bridgeport.bundle import read_manifest
-from bridgeport.calibration.plan import PRECISIONS, TARGETS, parse_overrides, plan_stages
+from bridgeport.calibration.plan import parse_overrides, plan_stages
 from bridgeport.errors import InputError
+from bridgeport.export.options import PRECISIONS, TARGETS
 from bridgeport.manifest import Manifest
 
 
