@@ -1,8 +1,8 @@
 """Connectors of your own: an `nn.Module` from outside this package, in the place of a checkpoint's connector.
 
 A checkpoint names one in config.json ("bridgeport_connector": "my-connector"). It is looked up among those that
-`register_connector` was called for, then among the entry points of the group `bridgeport.connectors`, which are
-imported only when a checkpoint asks for them.
+`register_connector` was called for, then among this package's own (the one-layer Q-Former), then among the entry points
+of the group `bridgeport.connectors`, which are imported only when a checkpoint asks for them.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def register_connector(
     def register(factory: _Factory) -> _Factory:
         stored = (lambda key: f"{stored_name}{key}") if isinstance(stored_name, str) else stored_name
         connector = CustomConnector(name, factory, tuple(architectures), tokens, stored)
-        if name in _REGISTERED:
-            raise InputError(f"{connector}: the name is taken by {_REGISTERED[name]}; give it another one")
+        if (other := (_built_in() | _REGISTERED).get(name)) is not None:
+            raise InputError(f"{connector}: the name is taken by {other}; give it another one")
         _REGISTERED[name] = connector
         return factory
 
@@ -88,12 +88,13 @@ def find_connector(name: Any) -> CustomConnector:
 
     Raises CheckpointError for an unknown name, one that two packages have, or a package that does not import.
     """
-    if isinstance(name, str) and name in _REGISTERED:
-        return _REGISTERED[name]
+    here = _built_in() | _REGISTERED
+    if isinstance(name, str) and name in here:
+        return here[name]
     points = list(entry_points(group=GROUP))
     found = [point for point in points if point.name == name]
     if not found:
-        known = sorted({*_REGISTERED, *(point.name for point in points)})
+        known = sorted({*here, *(point.name for point in points)})
         raise CheckpointError(
             f"{KEY} is {name!r}; known are {', '.join(known) or 'none'}; install the package that has it (an entry "
             f"point of the group {GROUP}) or import the module that registers it"
@@ -110,6 +111,16 @@ def find_connector(name: Any) -> CustomConnector:
             f'decorate its module with @register_connector("{name}", ...)'
         )
     return _REGISTERED[name]
+
+
+def _built_in() -> dict[str, CustomConnector]:
+    """Connectors of this package that no class of transformers has."""
+    from .simplified_qformer import SimplifiedQFormerConnector, num_queries
+
+    name = "simplified-qformer"
+    return {
+        name: CustomConnector(name, SimplifiedQFormerConnector, ARCHITECTURES, num_queries, lambda key: PREFIX + key)
+    }
 
 
 def _load(point: EntryPoint) -> None:

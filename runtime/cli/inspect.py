@@ -96,7 +96,7 @@ def _print(bundle: Bundle, *, signed: bool) -> None:
     if manifest.calibration is not None:
         _print_calibration(console, manifest.calibration, manifest.checks.get("gate", {}))
     if manifest.custom_connector is not None:
-        console.print(f"connector  {manifest.custom_connector!r}, from outside bridgeport", markup=False)
+        console.print(f"connector  {manifest.custom_connector!r}, in the place of the class's own", markup=False)
     if manifest.prompt is not None:
         console.print("prompt     " + _prompt(manifest.prompt), markup=False, highlight=False)
         if (read := manifest.prompt.instruction) is not None:

@@ -139,9 +139,13 @@ def test_tables_that_a_module_computes_and_names_of_older_releases(llava: Path, 
 
 def test_an_unknown_name_lists_the_known_ones(llava: Path, plugin: Path, tmp_path: Path) -> None:
     register_connector("mine", architectures=LLAVA, tokens=1)(lambda config: nn.Identity())
-    with pytest.raises(CheckpointError, match=r"bridgeport_connector is 'other'; known are mine, thirds; install"):
+    with pytest.raises(
+        CheckpointError, match=r"bridgeport_connector is 'other'; known are mine, simplified-qformer, thirds; install"
+    ):
         load_checkpoint(with_connector(llava, tmp_path / "checkpoint", "other"))
-    with pytest.raises(CheckpointError, match=r"bridgeport_connector is \['mine'\]; known are mine, thirds"):
+    with pytest.raises(
+        CheckpointError, match=r"bridgeport_connector is \['mine'\]; known are mine, simplified-qformer, thirds"
+    ):
         load_checkpoint(with_connector(llava, tmp_path / "list", ["mine"]))
 
 
