@@ -38,16 +38,17 @@ def _lavis(directory: Path) -> None:
     write_lavis_checkpoint(directory, source)
 
 
+# Tiles, positions and a resolution from outside the graph, an encoder-decoder; one export each takes most of the time.
 FAST: dict[str, Write] = {
-    "idefics2": write_idefics2_checkpoint,
     "internvl": write_internvl_checkpoint,
     "qwen2.5-vl": lambda path: write_qwen2_vl_checkpoint(path, "2.5"),
     "t5": lambda path: write_blip2_t5_checkpoint(path, **T5_CONFIGS["flan"]),
+}
+SLOW: dict[str, Write] = {
+    "idefics2": write_idefics2_checkpoint,
     "minigpt4": lambda path: write_minigpt4_checkpoint(path, max_position_embeddings=512),
     "onevision": write_llava_onevision_checkpoint,
     "qwen-vl, chat": lambda path: write_qwen_vl_checkpoint(path, chat=True),
-}
-SLOW: dict[str, Write] = {
     "idefics2, quarters, odd": lambda path: write_idefics2_checkpoint(path, splitting=True, tie=True, seed=4),
     "idefics3": write_idefics3_checkpoint,
     "idefics3, not cut": lambda path: write_idefics3_checkpoint(path, splitting=False, seed=5),

@@ -26,7 +26,8 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["idefics2", *(pytest.param(n, marks=pytest.mark.slow) for n in [*WRITERS][1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITERS)
 def test_int4_weights_are_the_checkpoints_rounded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "lint_stages", lambda *_: None)
     checkpoint = tmp_path / "checkpoint"
