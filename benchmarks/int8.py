@@ -35,6 +35,7 @@ from bridgeport.calibration.placement.cpu import CPU_SCHEMES, quantize_cpu, watc
 from bridgeport.calibration.placement.patterns import infer_types
 from bridgeport.calibration.records import TensorRange
 from bridgeport.runtime.bench import core_count
+from bridgeport.runtime.bench.child import Child
 from bridgeport.runtime.cli.doctor import examine
 from bridgeport.runtime.parity.metrics import compare
 
@@ -184,59 +185,24 @@ def bench_python(console: Console) -> Path | None:
     return python
 
 
-class _Child:
-    """A worker process and the two pipes to it."""
+class _Child(Child):
+    """The process of one engine."""
 
     def __init__(self, contestant: Contestant, graph: Path, folder: Path, threads: int, peers: Path | None) -> None:
         self.contestant = contestant
         python = str(peers) if contestant.engine == "openvino" and peers is not None else sys.executable
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
-        self._process = subprocess.Popen(
-            [python, str(WORKER), contestant.engine, str(graph), str(folder / "input.npz"), str(threads),
-             contestant.precision],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-        )  # fmt: skip
-        self._read()
+        inputs = [str(graph), str(folder / "input.npz"), str(threads), contestant.precision]
+        super().__init__(contestant.label, [python, str(WORKER), contestant.engine, *inputs])
 
     def seconds(self) -> float:
         """Of one pass."""
-        return float(self._ask({})["seconds"])
+        return float(self.ask({})["seconds"])
 
     def output(self, file: Path) -> NDArray[Any]:
         """What one pass gives."""
-        self._ask({"save": str(file)})
+        self.ask({"save": str(file)})
         found: NDArray[Any] = np.load(file)
         return found
-
-    def _ask(self, request: dict[str, str]) -> dict[str, Any]:
-        stdin = self._process.stdin
-        if stdin is None:
-            raise RuntimeError(f"{self.contestant.label} was closed")
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        line = "" if self._process.stdout is None else self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            lines = self._errors.read().strip().splitlines() or ["no message"]
-            raise RuntimeError(f"{self.contestant.label} stopped: {lines[-1]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
 
 
 def goals_of(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -28,8 +28,7 @@ def pytest_runtest_teardown() -> None:
     gc.collect()
     gc.freeze()
     registration = sys.modules.get("torch.onnx._internal.exporter._registration")
-    read = registration and registration.onnxscript_apis.get_torchlib_ops
-    if registration is not None and not hasattr(read, "cache_info"):
+    if registration is not None and not hasattr(read := registration.onnxscript_apis.get_torchlib_ops, "cache_info"):
         registration.onnxscript_apis.get_torchlib_ops = functools.cache(read)
 
 

@@ -6,8 +6,9 @@ row lengths, positions, the cache's buffer or the masking of padding shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 # Tokens after the prompt, one decoder step each.
 STEPS = 2
 _LONGEST_PROMPT = 9
+_LEFT_OVER = 1e3
 # MatMulNBits at accuracy_level 4 rounds activations to INT8, a block at a time. Measured over the tests' random models,
 # which have nothing to average over: up to 4 % of the largest logit. A weight read wrongly is off by 50 % and more.
 INT8_ACTIVATIONS_OF_LARGEST = 0.1
@@ -130,27 +132,31 @@ def write_with_fp32_activations(path: Path, out: Path) -> None:
 def _compare(session: Any, batches: Sequence[RaggedBatch], cache: KvCacheContract, of_largest: float | None) -> float:
     worst = 0.0
     for batch in batches:
-        for step, logits in enumerate(_run_batch(session, batch, cache)):
-            reference = Reference({"row": np.array(batch.lengths)}, batch.logits[:, step])
-            label = "logits of the prompt" if step == 0 else f"logits of token {step}"
-            worst = max(worst, compare(logits, reference, stage="llm", output=label, of_largest=of_largest))
+        capacity = max(batch.lengths) + STEPS
+        found = run_steps(session, cache, len(batch.lengths), capacity, partial(step_inputs, batch))
+        worst = max(worst, compare_steps(found, list(batch.logits), "the prompt", of_largest))
     return worst
 
 
-def _run_batch(session: Any, batch: RaggedBatch, cache: KvCacheContract) -> list[FloatArray]:
+def run_steps(
+    session: Any, cache: KvCacheContract, rows: int, capacity: int, inputs_of: Callable[[int], Mapping[str, Any]]
+) -> list[FloatArray]:
+    """Logits of prompts (step 0) and STEPS single tokens, over one cache of `capacity` tokens that past and present
+    share. `inputs_of(step)`: the other inputs.
+    """
     import onnxruntime
 
-    longest = max(batch.lengths)
-    shape = (len(batch.lengths), cache.num_heads, longest + STEPS, cache.head_size)
+    shape = (rows, cache.num_heads, capacity, cache.head_size)
+    # What is left over in a buffer may be anything but must not be read.
     buffers = {
-        (layer, kind): onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+        (layer, kind): onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, _LEFT_OVER, np.float32))
         for layer in range(cache.num_layers)
         for kind in ("key", "value")
     }
     results = []
     for step in range(1 + STEPS):
         binding = session.io_binding()
-        for name, array in step_inputs(batch, step).items():
+        for name, array in inputs_of(step).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for (layer, kind), buffer in buffers.items():
             binding.bind_ortvalue_input(cache.past.format(layer=layer, kind=kind), buffer)
@@ -159,6 +165,41 @@ def _run_batch(session: Any, batch: RaggedBatch, cache: KvCacheContract) -> list
         session.run_with_iobinding(binding)
         results.append(binding.get_outputs()[-1].numpy())
     return results
+
+
+def compare_steps(
+    found: Sequence[FloatArray], expected: Sequence[FloatArray], start: str, of_largest: float | None
+) -> float:
+    """The largest difference of logits; `expected[row]` `[1 + STEPS, V]`, `start`: what step 0 read.
+
+    Raises ExportError where they differ by more than rounding.
+    """
+    worst = 0.0
+    for step, logits in enumerate(found):
+        reference = Reference({"row": np.zeros(len(expected))}, np.stack([row[step] for row in expected]))
+        label = f"logits of {start}" if step == 0 else f"logits of token {step}"
+        worst = max(worst, compare(logits, reference, stage="llm", output=label, of_largest=of_largest))
+    return worst
+
+
+def compare_cross(
+    results: Sequence[FloatArray],
+    names: Sequence[str],
+    expected: Sequence[Sequence[FloatArray]],
+    stage: str,
+    of_largest: float | None = None,
+) -> float:
+    """The largest difference of padded cross-attention states; `expected[row][i]` are those of `results[i]`.
+
+    Raises ExportError where they differ by more than rounding.
+    """
+    worst = 0.0
+    for i, (name, result) in enumerate(zip(names, results, strict=True)):
+        for states, row in zip(result, expected, strict=True):
+            reference = Reference({"row": np.zeros(len(expected))}, row[i])
+            valid = states[:, : row[i].shape[1]]
+            worst = max(worst, compare(valid, reference, stage=stage, output=name, of_largest=of_largest))
+    return worst
 
 
 def step_inputs(batch: RaggedBatch, step: int) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import torch
 from ...models.contract import KvCacheContract
 from ...models.flamingo_contract import FlamingoContract
 from ...models.idefics import FlamingoCrossKv, FlamingoDecoder, reference_idefics
-from ..checks import BATCH_SIZES, FloatArray, Reference, compare, open_session
-from .check import STEPS, check_both_activations
+from ..checks import BATCH_SIZES, FloatArray, open_session
+from .check import STEPS, check_both_activations, compare_cross, compare_steps, run_steps
 from .dequantize import dequantize_into
 
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -131,13 +131,7 @@ def check_flamingo_decoder(
 def _compare_cross(session: Any, batch: Sequence[FlamingoRow], contract: FlamingoContract) -> float:
     names = list(contract.cross_cache.names())
     results = session.run(names, {"image_features": _pad([row.image_features for row in batch])})
-    worst = 0.0
-    for i, (name, result) in enumerate(zip(names, results, strict=True)):
-        for states, row in zip(result, batch, strict=True):
-            expected = row.cross[i]
-            reference = Reference({"row": np.zeros(len(batch))}, expected)
-            worst = max(worst, compare(states[:, : expected.shape[1]], reference, stage="cross_kv", output=name))
-    return worst
+    return compare_cross(results, names, [row.cross for row in batch], "cross_kv")
 
 
 def _compare_logits(
@@ -147,43 +141,15 @@ def _compare_logits(
     contract: FlamingoContract,
     of_largest: float | None,
 ) -> float:
-    worst = 0.0
-    for step, logits in enumerate(_run_decoder(session, batch, cache, contract)):
-        reference = Reference({"row": np.zeros(len(batch))}, np.stack([row.logits[step] for row in batch]))
-        label = "logits of the prompt" if step == 0 else f"logits of token {step}"
-        worst = max(worst, compare(logits, reference, stage="llm", output=label, of_largest=of_largest))
-    return worst
-
-
-def _run_decoder(
-    session: Any, batch: Sequence[FlamingoRow], cache: KvCacheContract, contract: FlamingoContract
-) -> list[FloatArray]:
-    import onnxruntime
-
-    longest = max(row.length for row in batch)
-    shape = (len(batch), cache.num_heads, longest + STEPS + _SPARE, cache.head_size)
-    # What is left over in a buffer may be anything but must not be read.
-    buffers = {
-        (layer, kind): onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, 1e3, np.float32))
-        for layer in range(cache.num_layers)
-        for kind in ("key", "value")
-    }
+    capacity = max(row.length for row in batch) + STEPS + _SPARE
     pictures = {
         name: _pad([row.cross[i].transpose(1, 0, 2) for row in batch]).transpose(0, 2, 1, 3)
         for i, name in enumerate(contract.cross_cache.names())
     }
-    results = []
-    for step in range(1 + STEPS):
-        binding = session.io_binding()
-        for name, array in {**_step_inputs(batch, step, shape[2]), **pictures}.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for (layer, kind), buffer in buffers.items():
-            binding.bind_ortvalue_input(cache.past.format(layer=layer, kind=kind), buffer)
-            binding.bind_ortvalue_output(cache.present.format(layer=layer, kind=kind), buffer)
-        binding.bind_output("logits", "cpu")
-        session.run_with_iobinding(binding)
-        results.append(binding.get_outputs()[-1].numpy())
-    return results
+    found = run_steps(
+        session, cache, len(batch), capacity, lambda step: {**_step_inputs(batch, step, capacity), **pictures}
+    )
+    return compare_steps(found, [row.logits for row in batch], "the prompt", of_largest)
 
 
 def _step_inputs(batch: Sequence[FlamingoRow], step: int, capacity: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import torch
 from ...models.contract import KvCacheContract
 from ...models.seq2seq_contract import CrossCacheContract
 from ...models.t5 import T5LanguageDecoder, T5LanguageEncoder, reference_t5
-from ..checks import BATCH_SIZES, FloatArray, Reference, compare, open_session
-from .check import STEPS, check_both_activations
+from ..checks import BATCH_SIZES, FloatArray, open_session
+from .check import STEPS, check_both_activations, compare_cross, compare_steps, run_steps
 from .dequantize import dequantize_into
 
 # Beyond relative_attention_max_distance of none, and long enough for several of T5's buckets.
@@ -117,14 +117,7 @@ def _compare_cross(
 ) -> float:
     names = list(cross.names())
     results = session.run(names, {"inputs_embeds": _pad([row.inputs_embeds for row in batch]), **_mask(batch)})
-    worst = 0.0
-    for i, (name, result) in enumerate(zip(names, results, strict=True)):
-        for states, row in zip(result, batch, strict=True):
-            expected = row.cross[i]
-            reference = Reference({"row": np.zeros(len(batch))}, expected)
-            valid = states[:, : expected.shape[1]]
-            worst = max(worst, compare(valid, reference, stage="llm_encoder", output=name, of_largest=of_largest))
-    return worst
+    return compare_cross(results, names, [row.cross for row in batch], "llm_encoder", of_largest)
 
 
 def _compare_logits(
@@ -134,52 +127,27 @@ def _compare_logits(
     cross: CrossCacheContract,
     of_largest: float | None,
 ) -> float:
-    worst = 0.0
-    for step, logits in enumerate(_run_decoder(session, batch, cache, cross)):
-        reference = Reference({"row": np.zeros(len(batch))}, np.stack([row.logits[step] for row in batch]))
-        label = "logits of the first tokens" if step == 0 else f"logits of step {step}"
-        worst = max(worst, compare(logits, reference, stage="llm", output=label, of_largest=of_largest))
-    return worst
-
-
-def _run_decoder(
-    session: Any, batch: Sequence[Seq2SeqRow], cache: KvCacheContract, cross: CrossCacheContract
-) -> list[FloatArray]:
-    import onnxruntime
-
-    lengths = np.array([row.length for row in batch])
-    longest = int(lengths.max())
-    shape = (len(batch), cache.num_heads, longest + STEPS + _SPARE, cache.head_size)
-    # What is left over in a buffer may be anything but must not be read.
-    buffers = {
-        (layer, kind): onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, 1e3, np.float32))
-        for layer in range(cache.num_layers)
-        for kind in ("key", "value")
-    }
+    capacity = max(row.length for row in batch) + STEPS + _SPARE
     prompt = _mask(batch, "encoder_attention_mask")
     for i, name in enumerate(cross.names()):
-        states = _pad([row.cross[i].transpose(1, 0, 2) for row in batch])
-        prompt[name] = np.ascontiguousarray(states.transpose(0, 2, 1, 3))
-    results = []
-    for step in range(1 + STEPS):
-        if step == 0:
-            embeds = _pad([row.decoder_embeds[: row.length] for row in batch])
-            width, position = longest, lengths - 1
-        else:
-            embeds = np.stack([row.decoder_embeds[row.length + step - 1 : row.length + step] for row in batch])
-            width, position = shape[2], np.zeros(len(batch), np.int64)
-        mask = (np.arange(width)[None] < lengths[:, None] + step).astype(np.int64)
-        binding = session.io_binding()
-        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "logits_position": position, **prompt}
-        for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for (layer, kind), buffer in buffers.items():
-            binding.bind_ortvalue_input(cache.past.format(layer=layer, kind=kind), buffer)
-            binding.bind_ortvalue_output(cache.present.format(layer=layer, kind=kind), buffer)
-        binding.bind_output("logits", "cpu")
-        session.run_with_iobinding(binding)
-        results.append(binding.get_outputs()[-1].numpy())
-    return results
+        prompt[name] = _pad([row.cross[i].transpose(1, 0, 2) for row in batch]).transpose(0, 2, 1, 3)
+    found = run_steps(
+        session, cache, len(batch), capacity, lambda step: {**_step_inputs(batch, step, capacity), **prompt}
+    )
+    return compare_steps(found, [row.logits for row in batch], "the first tokens", of_largest)
+
+
+def _step_inputs(batch: Sequence[Seq2SeqRow], step: int, capacity: int) -> dict[str, Any]:
+    """Inputs of the first tokens (`step` 0), right-padded, or of the `step`-th token after them."""
+    lengths = np.array([row.length for row in batch])
+    if step == 0:
+        embeds = _pad([row.decoder_embeds[: row.length] for row in batch])
+        width, position = int(lengths.max()), lengths - 1
+    else:
+        embeds = np.stack([row.decoder_embeds[row.length + step - 1 : row.length + step] for row in batch])
+        width, position = capacity, np.zeros(len(batch), np.int64)
+    mask = (np.arange(width)[None] < lengths[:, None] + step).astype(np.int64)
+    return {"inputs_embeds": embeds, "attention_mask": mask, "logits_position": position}
 
 
 def _pad(rows: Sequence[FloatArray]) -> FloatArray:

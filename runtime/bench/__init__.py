@@ -6,21 +6,20 @@ noisy machine falls on all of them; ratios are taken within a round and their me
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import EngineError, InputError
+from ...errors import InputError
 from ...manifest import CONFIG_FILE
+from .child import Child
 from .peers import Job, peer_record, require_compiler
 from .report import BenchReport, PeerResult, Round
 
@@ -168,59 +167,23 @@ def _warm_up(child: _Child, folder: Path, tell: Callable[[str], None]) -> NDArra
     return features
 
 
-class _Child:
-    """A worker process and the two pipes to it."""
+class _Child(Child):
+    """The process of one peer."""
 
     def __init__(self, contestant: Contestant, threads: int, job_file: Path) -> None:
         if contestant.peer == "torch-compile":
             require_compiler()
         self.contestant = contestant
-        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bridgeport.runtime.bench.worker", contestant.peer, str(contestant.source),
-             str(threads), str(job_file)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-        )  # fmt: skip
-        try:
-            self._read()
-        except BaseException:
-            self.close()
-            raise
+        worker = [sys.executable, "-m", "bridgeport.runtime.bench.worker"]
+        super().__init__(
+            contestant.label, [*worker, contestant.peer, str(contestant.source), str(threads), str(job_file)]
+        )
 
     def measure(self, features_file: Path | None = None) -> Round:
         """One pass; `features_file` receives the image features as `.npy`."""
-        answer = self._ask({"features_file": None if features_file is None else str(features_file)})
+        answer = self.ask({"features_file": None if features_file is None else str(features_file)})
         return Round(answer["seconds"], tuple(answer["token_ids"]), answer["peak_bytes"])
 
     def device_latency(self, rounds: int) -> dict[str, Any]:
         """Milliseconds on the GPU of `rounds` more passes, which are slower than the measured ones."""
-        return self._ask({"device_rounds": rounds})
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            lines = self._errors.read().strip().splitlines() or ["no message"]
-            raise EngineError(f"the peer {self.contestant.label!r} stopped: {lines[-1]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process; never waits longer than five seconds."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
+        return self.ask({"device_rounds": rounds})
