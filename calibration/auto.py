@@ -22,7 +22,7 @@ from .search import Keep, MixedPlan, MixedPoint, search_mixed
 from .sensitivity import Activations, LayerDamage, affordable_samples, rank_layers
 
 if TYPE_CHECKING:
-    from .stages import StageJob
+    from .job import StageJob
 
 Feed = Mapping[str, NDArray[Any]]
 Outputs = Mapping[str, NDArray[Any]]

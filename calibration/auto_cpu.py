@@ -27,7 +27,7 @@ from .sensitivity import Activations, LayerDamage
 from .tapped import open_values
 
 if TYPE_CHECKING:
-    from .stages import StageJob
+    from .job import StageJob
 
 _ROUNDS = 9
 # A layer that is slower in INT8 by less than this part of its time in float was measured as equal: it counts as saving

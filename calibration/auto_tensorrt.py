@@ -21,7 +21,7 @@ from .sensitivity import LayerDamage
 from .tapped import open_values
 
 if TYPE_CHECKING:
-    from .stages import StageJob
+    from .job import StageJob
 
 
 @dataclass(frozen=True)

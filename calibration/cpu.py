@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..errors import CalibrationError, InputError
-from ..export.graph import save_graph
-from ..export.passes.gemm import MatMulFromGemm
-from ..manifest import QuantizationRecord, StageRecord
+from ..errors import InputError
 from ..runtime.onnxruntime.loader import Device, import_onnxruntime, load_session
 from ..runtime.parity.metrics import compare
 from ..speed_hint import SATURATING, SpeedHint, best_instruction_set, processor
-from .placement.cpu import CPU_SCHEMES, PlaceCpu, known_scheme, quantize_cpu, watch_cpu
-from .placement.patterns import infer_types
+from .placement.cpu import CPU_SCHEMES, known_scheme, quantize_cpu
 from .records import TensorRange
-
-if TYPE_CHECKING:
-    from .stages import StageJob
 
 Feed = Mapping[str, NDArray[Any]]
 Run = Callable[[Feed], Mapping[str, NDArray[Any]]]
@@ -133,31 +123,31 @@ def choose_scheme(
     cosines = _cosines(runs, inputs)
     tell(f"timing {', '.join(runs)}")
     times = race(runs, inputs[0], rounds)
-    candidates = tuple(
+    candidates = _measured(times, cosines)
+    scheme, passed = _best(candidates, min_cosine)
+    float_ms = median(times[FLOAT32])
+    return CpuChoice(scheme, passed, candidates, float_ms, bits, instruction_set, processor(), engine, version)
+
+
+def _measured(times: Mapping[str, Sequence[float]], cosines: Mapping[str, float]) -> tuple[CpuCandidate, ...]:
+    return tuple(
         CpuCandidate(
             name,
             median(times[name]),
             median(before / after for before, after in zip(times[FLOAT32], times[name], strict=True)),
             cosines[name],
         )
-        for name in runs
+        for name in times
         if name != FLOAT32
     )
+
+
+def _best(candidates: Sequence[CpuCandidate], min_cosine: float) -> tuple[str, bool]:
+    """The fastest scheme that is exact enough, and whether there is one; else the most exact."""
     exact = [one for one in candidates if one.min_token_cosine >= min_cosine]
     fastest = max((one.ratio for one in exact), default=0.0)
     tied = [one for one in exact if one.ratio >= _TIE * fastest] or candidates
-    best = max(tied, key=lambda one: one.min_token_cosine)
-    return CpuChoice(
-        best.scheme,
-        bool(exact),
-        candidates,
-        median(times[FLOAT32]),
-        bits,
-        instruction_set,
-        processor(),
-        engine,
-        version,
-    )
+    return max(tied, key=lambda one: one.min_token_cosine).scheme, bool(exact)
 
 
 def _applicable(schemes: Sequence[str] | None, engine: str, *, has_ranges: bool) -> list[str]:
@@ -234,62 +224,3 @@ def _call(run: Run, feed: Feed) -> float:
     begin = time.perf_counter()
     run(feed)
     return 1000.0 * (time.perf_counter() - begin)
-
-
-def quantize_for_cpu(job: StageJob, *, engine: str = "onnxruntime") -> StageRecord:
-    """Write a stage that sees pictures in the INT8 scheme that is fastest on this machine; returns its record.
-
-    Its speed hint is in the record's `details["speed_hint"]`. Raises what `choose_scheme` does, and CalibrationError
-    for data that does not call the stage.
-    """
-    from .auto import FloatLayers, hold_aside
-    from .auto_cpu import choose_cpu_layers
-    from .smooth import smooth, values_to_watch
-    from .stages import alphas, finish_stage, pixel_readers, updated
-
-    job, aside = hold_aside(job)
-    model = ir.load(job.graph)
-    infer_types(model)
-    kept = {**pixel_readers(model), **job.keep}
-    observations = job.observe(tuple(dict.fromkeys((*watch_cpu(model), *values_to_watch(model)))))
-    smoothed = smooth(model, observations, observer=job.options.observer, settings=job.settings)
-    ranges = smoothed.observations.ranges(job.options.observer)
-    inputs = [dict(feed) for feed in itertools.islice(job.feeds(), SAMPLES)]
-    if not inputs:
-        raise CalibrationError(f"{job.data.name}: these samples never call the stage {job.name}; add some that do")
-    with tempfile.TemporaryDirectory(dir=job.staging, prefix=".cpu-") as folder:
-        work = Path(folder)
-        save_graph(smoothed.model, work / "smoothed.onnx")
-        graph, layers = work / "smoothed.onnx", FloatLayers()
-
-        def choose(keep: frozenset[str], schemes: Sequence[str] | None = None) -> CpuChoice:
-            return choose_scheme(
-                job.graph, inputs, ranges, work, graph=graph, keep=keep, schemes=schemes, engine=engine,
-                min_cosine=job.min_cosine, say=lambda text: job.say(f"{job.name}: {text}"),
-            )  # fmt: skip
-
-        choice = choose(frozenset(kept))
-        if job.options.auto:
-            layers, choice = choose_cpu_layers(job, graph, ranges, choice, choose, frozenset(kept), aside, work)
-            kept |= layers.keep
-        placement = PlaceCpu(choice.scheme, ranges, keep=frozenset(kept), weight_bits=choice.weight_bits)
-        float_model = ir.load(graph)
-        infer_types(float_model)
-        finish_stage(job, float_model, [MatMulFromGemm(), placement])
-    record = QuantizationRecord(
-        scheme=choice.scheme,
-        observer=job.options.observer if CPU_SCHEMES[choice.scheme].needs_ranges else None,
-        samples=observations.samples,
-        observations=observations.key,
-        smoothed=alphas(smoothed),
-        kept={**(placement.placement.left or {}), **kept},
-        details={
-            "quantized": len(placement.placement.quantized),
-            "fused_attention": len(placement.placement.fused),
-            "weight_bits": choice.weight_bits,
-            "candidates": [asdict(one) for one in choice.candidates],
-            "speed_hint": choice.hint().model_dump(mode="json"),
-            **layers.details,
-        },
-    )
-    return updated(job, record, "int8")

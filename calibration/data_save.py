@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from ..errors import CalibrationError, InputError, OutputError
 from .data_npz import CHECKPOINT_MARK, PROCESSOR_MARK, NpzFile
 from .data_types import CalibrationData
 from .feed import Progress, feed_stages
-from .options import QuantizeOptions
 
 
 def marks_of(bundle: Bundle) -> dict[str, str]:
@@ -53,6 +52,13 @@ def check_marks(file: Path, bundle: Bundle) -> None:
             )
 
 
+def check_name(path: str | Path) -> Path:
+    """`path`; InputError for a name that does not end in `.npz`."""
+    if Path(path).suffix.lower() != ".npz":
+        raise InputError(f"{path} is no name for tensors; accepted is one that ends in .npz")
+    return Path(path)
+
+
 def save_stage_inputs(
     bundle: Bundle,
     data: CalibrationData,
@@ -67,9 +73,7 @@ def save_stage_inputs(
     memory at once. Raises CalibrationError for calls of different shapes or numbers, which are no rows of one array,
     InputError for a name that does not end in `.npz`, OutputError when the file cannot be written.
     """
-    target = Path(path)
-    if target.suffix.lower() != ".npz":
-        raise InputError(f"{target} is no name for tensors; accepted is one that ends in .npz")
+    target = check_name(path)
     rows: dict[str, list[Any]] = {}
     for found in feed_stages(bundle, data, stages, progress=progress):
         for stage, calls in found.items():
@@ -87,18 +91,6 @@ def save_stage_inputs(
     whole = {name: np.concatenate(arrays) for name, arrays in rows.items()}
     _write(target, {**whole, **{mark: np.array(digest) for mark, digest in marks_of(bundle).items()}})
     return len(next(iter(whole.values())))
-
-
-def save_encoder_inputs(
-    bundle: str | Path, calibration: str | Path, path: str | Path, options: QuantizeOptions, say: Callable[[str], None]
-) -> int:
-    """`save_stage_inputs` of the encoder for the pictures that `options` calibrate and judge with."""
-    from .data import open_calibration
-
-    source = Bundle.load(bundle)
-    say("saving the encoder's inputs")
-    data = open_calibration(calibration, bundle=source, seed=options.seed, limit=options.samples)
-    return save_stage_inputs(source, data, path)
 
 
 def _write(target: Path, arrays: dict[str, Any]) -> None:

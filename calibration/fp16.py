@@ -15,7 +15,7 @@ import onnx_ir as ir
 from ..export.passes import GraphPass
 from ..export.passes.modules import SCOPES
 from .fp16_choose import choose_float32_nodes, watched_values
-from .fp16_operators import ISLANDS, consumers, data_inputs, has_float_output, is_constant, is_float
+from .fp16_operators import ISLANDS, consumers, float_inputs, has_float_output, is_float, is_stored
 from .fp16_plan import PrecisionPlan, plan_precisions
 from .fp16_types import fill_types
 from .fp16_weights import WeightForms
@@ -149,8 +149,8 @@ def _convert_weights(model: ir.Model, plan: PrecisionPlan) -> None:
     forms = WeightForms()
     for node in model.graph:
         scaled = node.op_type in ("QuantizeLinear", "DequantizeLinear")
-        for index, value in data_inputs(node):
-            if not is_constant(value):
+        for index, value in float_inputs(node):
+            if not is_stored(value):
                 continue
             if node in plan.half:
                 forms.request(node, index, "half-scale" if scaled and index == 1 else "half")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .fp16_operators import EXACT, FLOAT16_MAX, data_inputs, has_float_output, is_float
+from .fp16_operators import EXACT, FLOAT16_MAX, float_inputs, has_float_output, is_float
 from .linears import find_linears
 from .records import Observations, TensorStats
 
@@ -64,7 +64,7 @@ def _moved_stats(model: ir.Model, observations: Observations) -> dict[str, tuple
     for node in model.graph:
         if node.op_type not in EXACT or not has_float_output(node):
             continue
-        sources = [value for _, value in data_inputs(node)]
+        sources = [value for _, value in float_inputs(node)]
         # A constant that is joined in (padding, a mask) is looked at as a weight.
         ranges = [known[value.name] for value in sources if value.name in known]
         for output in node.outputs:
@@ -75,7 +75,7 @@ def _moved_stats(model: ir.Model, observations: Observations) -> dict[str, tuple
 
 
 def _range_reason(node: ir.Node, known: dict[str, tuple[float, float]], limit: float) -> str | None:
-    values = [("reads", value) for _, value in data_inputs(node)]
+    values = [("reads", value) for _, value in float_inputs(node)]
     values += [("gives", value) for value in node.outputs if is_float(value)]
     for verb, value in values:
         low, high = known.get(value.name or "", (0.0, 0.0))
@@ -89,9 +89,9 @@ def _range_reason(node: ir.Node, known: dict[str, tuple[float, float]], limit: f
 
 def _cancellation_reason(node: ir.Node, known: dict[str, tuple[float, float]], max_error: float) -> str | None:
     """A sum of activations whose result is far smaller than what was added."""
-    if node.op_type not in ("Add", "Sub") or len(data_inputs(node)) != 2:
+    if node.op_type not in ("Add", "Sub") or len(float_inputs(node)) != 2:
         return None
-    ranges = [known.get(value.name or "") for _, value in data_inputs(node)]
+    ranges = [known.get(value.name or "") for _, value in float_inputs(node)]
     result = known.get(node.outputs[0].name or "")
     if result is None or any(one is None for one in ranges):
         return None

@@ -107,7 +107,7 @@ def is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype == ir.DataType.FLOAT
 
 
-def data_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
+def float_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
     """The FP32 inputs whose type follows the node's precision, with their index."""
     fixed = _OWN_TYPE.get(node.op_type, frozenset())
     return [
@@ -118,12 +118,12 @@ def data_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
 
 
 def activations(node: ir.Node) -> list[ir.Value]:
-    """Those of `data_inputs` that are computed, not stored."""
-    return [value for _, value in data_inputs(node) if not is_constant(value)]
+    """Those of `float_inputs` that are computed, not stored."""
+    return [value for _, value in float_inputs(node) if not is_stored(value)]
 
 
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether the value is an initializer."""
+def is_stored(value: ir.Value | None) -> bool:
+    """Whether the value is an initializer, so that it can be stored in another type."""
     return value is not None and value.is_initializer() and value.const_value is not None
 
 

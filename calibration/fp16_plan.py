@@ -17,10 +17,10 @@ from .fp16_operators import (
     STATISTIC_STEPS,
     activations,
     consumers,
-    data_inputs,
+    float_inputs,
     has_float_output,
-    is_constant,
     is_float,
+    is_stored,
 )
 
 
@@ -54,14 +54,14 @@ def plan_precisions(
     single = _absorb(model, fixed, half_io)
     plan = PrecisionPlan()
     for node in model.graph:
-        if not data_inputs(node) and not has_float_output(node):
+        if not float_inputs(node) and not has_float_output(node):
             continue
         if node in single:
             plan.reasons[node.name or ""] = fixed.get(node, "between FP32 nodes")
         elif has_float_output(node):
             plan.half.add(node)
     _place_readers(model, plan, single, half_io)
-    read = {value.name or "" for node in plan.half for _, value in data_inputs(node)}
+    read = {value.name or "" for node in plan.half for _, value in float_inputs(node)}
     plan.flushed = {name: fact.flushed for name, fact in facts.items() if name in read and fact.flushed > 0}
     return plan
 
@@ -81,7 +81,7 @@ def constant_facts(value: ir.Value) -> ConstantFacts:
 
 
 def _float_constants(model: ir.Model) -> list[ir.Value]:
-    return [value for value in model.graph.initializers.values() if is_float(value) and is_constant(value)]
+    return [value for value in model.graph.initializers.values() if is_float(value) and is_stored(value)]
 
 
 def _fixed_nodes(
@@ -90,9 +90,9 @@ def _fixed_nodes(
     """Nodes that are FP32 whatever stands around them -> why."""
     fixed: dict[ir.Node, str] = {}
     for node in model.graph:
-        if not data_inputs(node) and not has_float_output(node):
+        if not float_inputs(node) and not has_float_output(node):
             continue
-        large = [value.name for _, value in data_inputs(node) if _is_large(value, facts)]
+        large = [value.name for _, value in float_inputs(node) if _is_large(value, facts)]
         if (node.name or "") in keep:
             fixed[node] = keep[node.name or ""]
         elif node.op_type in islands:
@@ -202,7 +202,7 @@ def _is_between(node: ir.Node, single: set[ir.Node], half_io: frozenset[str]) ->
 def _place_readers(model: ir.Model, plan: PrecisionPlan, single: set[ir.Node], half_io: frozenset[str]) -> None:
     """Nodes that read floats and give none (QuantizeLinear, comparisons, casts to integers) read what is there."""
     for node in model.graph:
-        if node in single or has_float_output(node) or not data_inputs(node):
+        if node in single or has_float_output(node) or not float_inputs(node):
             continue
         sources = [(value, value.producer()) for value in activations(node)]
         if not sources:

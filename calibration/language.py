@@ -5,19 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
-from ..errors import UnsupportedError
 from ..export.passes.standard_decoder import write_standard_decoder
 from ..manifest import QuantizationRecord, StageRecord
 from .fp16 import ToFloat16, choose_float32_nodes, watched_values
+from .job import StageJob, finish_stage, updated
 from .weight_only import quantize_weights
 from .weight_only.generated import generation_inputs
-
-if TYPE_CHECKING:
-    from .stages import StageJob
 
 _BITS = {"int8": 8, "int4": 4}
 
@@ -25,15 +22,13 @@ _BITS = {"int8": 8, "int4": 4}
 def quantize_language(job: StageJob) -> StageRecord:
     """Write `llm`, `llm_encoder` or `cross_kv` in `job.precision`; returns its record.
 
-    For TensorRT the decoder is rewritten to standard operators, with a cache that grows by concatenation. Raises
-    UnsupportedError for a language model whose further caches have no standard form yet.
+    For TensorRT the decoder is rewritten to standard operators, with a cache that grows by concatenation.
     """
-    from .stages import updated
-
     target = job.options.target
     with tempfile.TemporaryDirectory(dir=job.staging, prefix=".llm-") as folder:
         work = Path(folder)
-        graph, details = _standard(job, work) if target == "tensorrt" else (job.graph, {})
+        rewritten = target == "tensorrt" and job.name == "llm"  # the others have no cache of their own
+        graph, details = _standard(job, work) if rewritten else (job.graph, {})
         kept: dict[str, str] = {}
         # Before the weights are rounded: what is observed are FP32's activations.
         half = job.precision == "fp16" or (target != "cpu" and job.precision != "fp32")
@@ -53,13 +48,6 @@ def quantize_language(job: StageJob) -> StageRecord:
 
 def _standard(job: StageJob, work: Path) -> tuple[Path, dict[str, Any]]:
     """The graph in operators that TensorRT reads."""
-    manifest = job.source.manifest
-    if manifest.seq2seq is not None or manifest.flamingo is not None:
-        kind = "an encoder-decoder" if manifest.seq2seq is not None else "a cross-attending"
-        raise UnsupportedError(
-            f"stage {job.name}: {kind} language model has no TensorRT form yet; quantise for cuda, or keep "
-            "its stages with --stage NAME=fp32 and run them in ONNX Runtime"
-        )
     graph = work / "standard.onnx"
     write_standard_decoder(job.graph, graph)
     return graph, {"concatenated": True}
@@ -94,8 +82,6 @@ def _round_weights(job: StageJob, graph: Path, out: Path) -> dict[str, Any]:
 
 def _half(job: StageJob, graph: Path, float32: Mapping[str, str]) -> dict[str, Any]:
     """FP16 around the products, the cache in FP16 too."""
-    from .stages import finish_stage
-
     model = ir.load(graph)
     names = {node.name for node in model.graph}
     half = ToFloat16({name: why for name, why in float32.items() if name in names}, half_io=_cache_names(job, model))
@@ -104,8 +90,6 @@ def _half(job: StageJob, graph: Path, float32: Mapping[str, str]) -> dict[str, A
 
 
 def _save(model: ir.Model, job: StageJob) -> None:
-    from .stages import finish_stage
-
     finish_stage(job, model, [])
 
 

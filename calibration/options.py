@@ -23,7 +23,8 @@ class QuantizeOptions:
     `engine`: what runs the stages that see pictures, of a bundle for the CPU. `weights`: how 4-bit weights are rounded,
     "rtn" (to nearest) or "gptq". `samples`: most pictures, for calibration and judgement together. `auto`: mixed
     precision by sensitivity. `cache`: where observed activations are kept, None for the user's cache directory.
-    `report`: where the search's tables and pictures go, None for nowhere.
+    `report`: where the search's tables and pictures go, `save_inputs`: the `.npz` file that keeps the encoder's inputs,
+    None for nowhere.
     """
 
     precision: str
@@ -37,6 +38,7 @@ class QuantizeOptions:
     auto: bool = False
     cache: Path | None = None
     report: Path | None = None
+    save_inputs: Path | None = None
 
     def __post_init__(self) -> None:
         for option, got, accepted in (

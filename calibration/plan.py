@@ -35,7 +35,7 @@ def plan_stages(
     the language model. ``overrides``: stage -> its own precision.
 
     Raises InputError for an unknown precision, target or stage, for one that the target cannot do, and for a bundle
-    that is quantised already.
+    that is quantised already or built to engines.
     """
     wanted = _known_precision(precision)
     aim = _known_target(target)
@@ -52,13 +52,27 @@ def plan_stages(
     return plan
 
 
+def check_gptq(plan: Mapping[str, Precision]) -> None:
+    """Raise InputError for a plan without 4-bit weights, which is what GPTQ is for."""
+    if "int4" not in plan.values():
+        planned = ", ".join(f"{stage} {precision}" for stage, precision in plan.items())
+        raise InputError(
+            f"--weights gptq fits the 4-bit weights of a language model, and none is asked for ({planned}); add "
+            "--stage llm=int4, or leave --weights out"
+        )
+
+
 def parse_overrides(texts: list[str]) -> dict[str, str]:
-    """``["llm=int4"]`` as a mapping; InputError for what has no "="."""
+    """``["llm=int4"]`` as a mapping; InputError for what has no "=", and for a stage that is named twice."""
     found: dict[str, str] = {}
     for text in texts:
         stage, separator, precision = text.partition("=")
         if not separator or not stage or not precision:
             raise InputError(f"--stage {text!r} is not STAGE=PRECISION; write for example --stage llm=int4")
+        if stage in found:
+            raise InputError(
+                f"--stage names {stage} twice ({found[stage]} and {precision}); give every stage one precision"
+            )
         found[stage] = precision
     return found
 
@@ -108,6 +122,12 @@ def _check_stage(stage: str, precision: Precision, target: Target) -> Precision:
 
 
 def _check_source(manifest: Manifest, plan: Mapping[str, Precision]) -> None:
+    engines = [stage.contract.name for stage in manifest.stages if stage.format == "tensorrt"]
+    if engines:
+        raise InputError(
+            f"the bundle holds TensorRT engines ({', '.join(engines)}), whose precision is that of the graphs behind "
+            "them; quantise the FP32 bundle that `bridgeport build` was given, and build the result"
+        )
     if manifest.target != "cpu" or manifest.calibration is not None:
         done = ", ".join(f"{stage.contract.name} {stage.precision}" for stage in manifest.stages)
         raise InputError(

@@ -13,7 +13,9 @@ from ..errors import CheckFailed
 from ..export.disk import disk_full_as_os_error
 from ..manifest import CalibrationRecord, Manifest, StageRecord
 from ..models.contract import KvCacheContract
+from .blame import blame_layers
 from .data import CalibrationData, open_calibration
+from .data_save import check_name, save_stage_inputs
 from .feed import feed_stages
 from .gate import (
     GateLimits,
@@ -25,9 +27,11 @@ from .gate import (
     stage_differences,
     time_bundles,
 )
+from .job import StageJob
 from .options import MIN_PICTURES, QuantizeOptions
-from .plan import LANGUAGE_STAGES, plan_stages
-from .stages import StageJob, blame_layer, quantize_stage
+from .paths import check_places
+from .plan import LANGUAGE_STAGES, check_gptq, plan_stages
+from .stages import quantize_stage
 
 Progress = Callable[[str], None]
 # The part of the pictures that calibration does not see and the gate judges with, and how many suffice for that.
@@ -62,29 +66,41 @@ def quantize_bundle(
     OutputError when `out` cannot be written.
     """
     say, judged = progress or _say_nothing, limits or GateLimits()
+    kept = (Path(bundle), Path(calibration), *protect)
+    _check_places(Path(bundle), Path(out), kept, options, force=force)
     say("verifying the bundle")
     source = Bundle.load(bundle)
     plan = plan_stages(source.manifest, options.precision, options.target, options.stages)
+    if options.weights == "gptq":
+        check_gptq(plan)
     say("reading the calibration data")
     data = open_calibration(calibration, bundle=source, seed=options.seed, limit=options.samples, minimum=MIN_PICTURES)
+    if options.save_inputs is not None:
+        say("saving the encoder's inputs")
+        save_stage_inputs(source, data, options.save_inputs)
     seen, held_out = data.split(min(max(1, round(data.pictures * _HELD_OUT)), _MOST_HELD_OUT))
-    with staged_directory(out, force=force, protect=(source.path, *protect)) as staging, disk_full_as_os_error():
+    with staged_directory(out, force=force, protect=kept) as staging, disk_full_as_os_error():
         _copy_other_files(source, staging)
-        records = []
-        for stage in source.manifest.stages:
-            name = stage.contract.name
-            least = judged.cosine(plan[name])
-            job = StageJob(source, staging, stage, plan[name], options, seen, say, {}, least)
-            records.append(quantize_stage(job))
+        jobs = [
+            StageJob(source, staging, stage, aim, options, seen, say, {}, judged.cosine(aim))
+            for stage, aim in zip(source.manifest.stages, plan.values(), strict=True)
+        ]
+        records = [quantize_stage(job) for job in jobs]
         manifest = _write_manifest(source, staging, records, options, (data, seen, held_out))
-        candidate = Bundle(staging, manifest)
-        say("judging")
-        report = judge(source, candidate, held_out, judged, say, options.engine)
+        report = judge(source, Bundle(staging, manifest), held_out, judged, say, options.engine)
         if not report.passed:
             raise GateFailed(report)
         checks = {**manifest.checks, "gate": report.to_json()}
         manifest = write_manifest(staging, manifest.model_copy(update={"checks": checks}))
     return Bundle(Path(out), manifest)
+
+
+def _check_places(bundle: Path, out: Path, kept: tuple[Path, ...], options: QuantizeOptions, *, force: bool) -> None:
+    if options.save_inputs is not None:
+        check_name(options.save_inputs)
+    directories = {"--cache": options.cache, "--report": options.report}
+    files = {"--save-inputs": options.save_inputs}
+    check_places(bundle, out, kept=kept, directories=directories, files=files, force=force)
 
 
 def judge(
@@ -112,13 +128,11 @@ def judge(
             notes.append(f"{stage} has no part in this data and was not judged")
             continue
         timing = timings.get("llm" if stage in LANGUAGE_STAGES else stage)
-        verdict = judge_stage(stage, candidate.manifest.stage(stage).precision, differences[stage], timing, limits)
-        if not verdict.min_token_cosine >= verdict.min_cosine:
-            tell(f"judging: looking for the layer of {stage} that is to blame")
-            verdict = blame_layer(verdict, source, candidate, held_out)
-        verdicts.append(verdict)
-    task = _judge_task(source, candidate, held_out, limits, notes, tell)
-    return GateReport(tuple(verdicts), held_out.pictures, task, tuple(notes))
+        precision = candidate.manifest.stage(stage).precision
+        verdicts.append(judge_stage(stage, precision, differences[stage], timing, limits))
+    task = _judge_task(source, candidate, held_out, limits, notes, tell, engine)
+    report = GateReport(tuple(verdicts), held_out.pictures, task, tuple(notes))
+    return report if report.passed else blame_layers(report, source, candidate, held_out, tell)
 
 
 def _fed_stages(stages: Sequence[str], candidate: Bundle, held_out: CalibrationData) -> list[str]:
@@ -158,6 +172,7 @@ def _judge_task(
     limits: GateLimits,
     notes: list[str],
     tell: Progress,
+    engine: str,
 ) -> TaskVerdict | None:
     from .task import task_accuracy
 
@@ -171,7 +186,7 @@ def _judge_task(
     tell("judging: asking FP32")
     before = task_accuracy(source, examples)
     tell("judging: asking the quantised bundle")
-    return judge_task(before, task_accuracy(candidate, examples), limits.task_drop)
+    return judge_task(before, task_accuracy(candidate, examples, engine=engine), limits.task_drop)
 
 
 def _copy_other_files(source: Bundle, staging: Path) -> None:

@@ -157,7 +157,8 @@ class _Search:
         if self._measure is not None:
             latency = self._measure(frozenset(nodes))
         else:
-            latency = self._quantised_ms + sum(self._saved[index] for index in sorted(kept))
+            # Layers timed alone while other work ran may seem to save more than all take.
+            latency = max(0.0, self._quantised_ms + sum(self._saved[index] for index in sorted(kept)))
         point = MixedPoint(nodes, len(kept), float(cosine), float(latency), verify is not None)
         self.points[kept, verify is not None] = point
         return point

@@ -79,12 +79,13 @@ def task_accuracy(
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     threads: int | None = None,
+    engine: str | None = None,
     progress: Progress | None = None,
 ) -> TaskScore:
     """Greedy texts of all `examples` that have an answer, and whether they equal it, white space at both ends aside.
 
     `examples`: say `data.samples()`; an empty prompt asks for the caption. `max_new_tokens`: None for the bundle's own
-    limit. `threads`: per stage, for a `bundle` that is not loaded yet.
+    limit. `threads`: per stage, and `engine`: what runs it, None for its own, for a `bundle` that is not loaded yet.
     Raises InputError when no example has an answer, for a bundle that does not generate, and for a bad sample.
     """
     asked = [one for one in examples if one.answer is not None]
@@ -96,7 +97,7 @@ def task_accuracy(
     if isinstance(bundle, Pipeline):
         texts = list(_answers(bundle, asked, batch_size, max_new_tokens, progress))
     else:
-        with Pipeline.load(bundle, threads=threads) as pipeline:
+        with Pipeline.load(bundle, threads=threads, engine=engine) as pipeline:
             texts = list(_answers(pipeline, asked, batch_size, max_new_tokens, progress))
     correct = [text == (one.answer or "").strip() for text, one in zip(texts, asked, strict=True)]
     return TaskScore(np.array(correct), tuple(ANSWER if one.prompt else CAPTION for one in asked), tuple(texts))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...errors import CheckFailed
+from ...errors import CheckFailed, InputError
 
 
 def quantize(
@@ -78,6 +78,8 @@ def quantize(
     from ..options import QuantizeOptions
     from ..plan import parse_overrides
 
+    if report is not None and not auto:
+        raise InputError(f"--report is what --auto found; add --auto, or leave --report {report} out")
     limits = GateLimits(min_cosine, max_slowdown, task_drop)
     options = QuantizeOptions(
         precision=precision,
@@ -91,6 +93,7 @@ def quantize(
         weights=weights,
         cache=cache,
         report=report,
+        save_inputs=save_inputs,
     )
     check_libraries()
     console = Console(file=sys.stderr)
@@ -98,10 +101,6 @@ def quantize(
     with console.status("starting") as status:
         from ..quantize import GateFailed, quantize_bundle
 
-        if save_inputs is not None:
-            from ..data_save import save_encoder_inputs
-
-            save_encoder_inputs(bundle, calibration, save_inputs, options, status.update)
         failed: GateFailed | None = None
         try:
             quantize_bundle(bundle, out, calibration, options, limits=limits, force=force, progress=status.update)
@@ -128,28 +127,9 @@ def quantize(
 
 def _print(document: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    table = Table(title=f"Against FP32, on {document['pictures']} pictures that calibration did not see")
-    table.title_justify = "left"
-    table.add_column("stage", no_wrap=True)
-    table.add_column("precision", no_wrap=True)
-    table.add_column("worst token's cosine", no_wrap=True)
-    table.add_column("ms, FP32 -> now", no_wrap=True)
-    table.add_column("", no_wrap=True, min_width=6)
-    for one in document["stages"]:
-        times = "not timed"
-        if one["slowdown"] is not None:
-            times = f"{one['before_ms']:.1f} -> {one['after_ms']:.1f} (x {one['slowdown']:.2f})"
-        table.add_row(
-            one["stage"],
-            one["precision"],
-            f"{one['min_token_cosine']:.4f}, least {one['min_cosine']:g}",
-            times,
-            "[red]missed[/]" if one["failures"] else "[green]kept[/]",
-        )
-    console.print(table)
+    console.print(_table(document))
     for one in document["stages"]:
         if one["blame"] is not None:
             console.print(f"{one['stage']}: {one['blame']} adds the largest error", markup=False, highlight=False)
@@ -170,3 +150,28 @@ def _print(document: dict[str, Any]) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def _table(document: dict[str, Any]) -> Any:
+    """One row for each stage that was judged; the numbers fold where the terminal is narrow, the verdict does not."""
+    from rich.table import Table
+
+    table = Table(title=f"Against FP32, on {document['pictures']} pictures that calibration did not see")
+    table.title_justify = "left"
+    table.add_column("stage", no_wrap=True)
+    table.add_column("precision", no_wrap=True)
+    table.add_column("worst token's cosine")
+    table.add_column("ms, FP32 -> now")
+    table.add_column("", no_wrap=True, min_width=6)
+    for one in document["stages"]:
+        times = "not timed"
+        if one["slowdown"] is not None:
+            times = f"{one['before_ms']:.1f} -> {one['after_ms']:.1f} (x {one['slowdown']:.2f})"
+        table.add_row(
+            one["stage"],
+            one["precision"],
+            f"{one['min_token_cosine']:.4f}, least {one['min_cosine']:g}",
+            times,
+            "[red]missed[/]" if one["failures"] else "[green]kept[/]",
+        )
+    return table

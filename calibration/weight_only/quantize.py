@@ -21,6 +21,7 @@ from ...export.graph import save_graph
 from ...export.llm.genai import ACCURACY_LEVEL, BLOCK_SIZE
 from ...export.passes.gqa import CONTRIB
 from ...export.passes.match import producer
+from ...export.quiet import quiet_exporters
 from .blocks import BlockedWeight, Floats, pack_for_matmul_nbits, positive_scales, round_to_nearest, signed_scales
 from .gptq import Doubles, collect_hessians, gptq
 from .rewrite import insert_dequantize, replace_by_matmul_nbits
@@ -203,10 +204,12 @@ def _blocked(weight: Floats, bits: int, block_size: int, target: str, hessian: D
 
 def _pack_with_kernel(weight: Floats, bits: int, block_size: int) -> tuple[NDArray[np.uint8], Floats]:
     """ONNX Runtime's own rounding, without the whole model in a protobuf, which its quantizer asks for."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
+    with quiet_exporters():
+        # Inside the block, because the import itself sets up logging.
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            DefaultWeightOnlyQuantizer,
+        )
 
     config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True, bits=bits)
     packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)

@@ -19,6 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from bridgeport.calibration.records import TensorRange, TensorStats
+
 Arrays = Mapping[str, NDArray[Any]]
 Place = Literal["none", "norm", "feed-forward", "massive"]
 
@@ -178,3 +180,9 @@ def _read(model: ir.Model, name: str) -> NDArray[Any]:
 
 def _write(model: ir.Model, name: str, array: NDArray[Any]) -> None:
     model.graph.initializers[name].const_value = ir.Tensor(array, name=name)
+
+
+def stats_of(rows: NDArray[Any]) -> TensorStats:
+    """What min-max observes of `rows` `[R, C]`."""
+    low, high = float(rows.min()), float(rows.max())
+    return TensorStats(low, high, {"minmax": TensorRange(low, high)}, rows.min(0), rows.max(0), rows)

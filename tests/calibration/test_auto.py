@@ -22,11 +22,11 @@ from bridgeport.calibration.auto import MARGIN, Candidates, Judge, LayerTimes, c
 from bridgeport.calibration.auto_cpu import LayerClock
 from bridgeport.calibration.auto_tensorrt import Accelerator, modelled_ms
 from bridgeport.calibration.data import CalibrationData, open_calibration
+from bridgeport.calibration.job import StageJob
 from bridgeport.calibration.linears import find_linears
 from bridgeport.calibration.placement.cpu import CPU_SCHEMES, quantize_cpu, watch_cpu
 from bridgeport.calibration.search import Keep
 from bridgeport.calibration.sensitivity import LayerDamage, rank_layers
-from bridgeport.calibration.stages import StageJob
 from bridgeport.calibration.task import write_small_data
 from bridgeport.errors import OutputError
 from bridgeport.export.graph import save_graph

@@ -84,6 +84,14 @@ def test_every_precision_has_a_target_that_runs_it(manifest: Manifest) -> None:
     assert done == set(PRECISIONS)
 
 
+def test_a_bundle_that_was_built_is_told_so(manifest: Manifest) -> None:
+    """`build` makes the target tensorrt, which says nothing about quantisation."""
+    stages = tuple(stage.model_copy(update={"format": "tensorrt"}) for stage in manifest.stages)
+    built = manifest.model_copy(update={"target": "tensorrt", "stages": stages})
+    with pytest.raises(InputError, match=r"holds TensorRT engines \(encoder, .*, llm\).*quantise the FP32 bundle that"):
+        plan_stages(built, "int8", "tensorrt")
+
+
 def test_a_stage_that_was_rounded_at_export_is_kept_or_refused(manifest: Manifest) -> None:
     def record(stage: Any) -> Any:
         return stage.model_copy(update={"precision": "int4"}) if stage.contract.name == "llm" else stage
@@ -96,3 +104,9 @@ def test_a_stage_that_was_rounded_at_export_is_kept_or_refused(manifest: Manifes
     assert plan_stages(rounded, "int8", "cpu", {"llm": "int4"})["llm"] == "int4"
     with pytest.raises(InputError, match=r"was quantised already .*rounding twice loses twice"):
         plan_stages(manifest.model_copy(update={"target": "tensorrt"}), "int8", "cpu")
+
+
+def test_a_stage_that_is_named_twice_is_refused() -> None:
+    assert parse_overrides(["llm=int4", "connector=fp16"]) == {"llm": "int4", "connector": "fp16"}
+    with pytest.raises(InputError, match=r"--stage names connector twice \(int8 and fp16\); give every stage one"):
+        parse_overrides(["connector=int8", "llm=int4", "connector=fp16"])

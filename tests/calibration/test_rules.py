@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from tests.calibration.blocks import block_inputs, block_model, node_of, quantiz
 from tests.calibration.rule_plants import PLANTS, blocked_linear, rewire, to_float16
 from tests.export.graphs import make_model, weight
 
+from bridgeport.calibration import QuantizeOptions, stages
 from bridgeport.calibration.rules import RULES, check_rules
-from bridgeport.errors import InputError
+from bridgeport.calibration.stages import quantize_stage
+from bridgeport.errors import CheckFailed, InputError
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -39,6 +42,21 @@ def test_plant_breaks_little_else(rule: Any) -> None:
     model, precision, _ = PLANTS[rule.name]()
     others = {one.rule for one in check_rules(model, precision=precision)} - {rule.name}
     assert len(others) <= 2, others
+
+
+def test_a_graph_that_breaks_a_rule_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of FP16, which comes after Q/DQ was placed and looked at."""
+    model, _, node = PLANTS["float16-norm"]()
+    clean, _ = CLEAN["int8"]()
+    options = QuantizeOptions("int8", "tensorrt")
+    job: Any = SimpleNamespace(
+        name="encoder", precision="int8", out=tmp_path / "model.onnx", record="before", options=options
+    )
+    written = [clean, model]
+    monkeypatch.setattr(stages, "_write", lambda job: ir.save(written.pop(0), job.out))
+    quantize_stage(job)
+    with pytest.raises(CheckFailed, match=rf"stage encoder: error float16-norm at {node}: .*\(\d+ errors in all\)"):
+        quantize_stage(job)
 
 
 def test_every_rule_has_a_plant() -> None:

@@ -69,6 +69,13 @@ def best_of_all(min_cosine: float) -> float:
     return min(latencies)
 
 
+def test_no_latency_is_below_zero() -> None:
+    """Layers timed alone on a busy machine seemed to cost more in 8 bits than the whole stage takes."""
+    saved = dict.fromkeys(times(), -20.0)
+    plan = search_mixed(layers(), saved, additive, min_cosine=0.99, quantised_ms=10.0)
+    assert [one.latency_ms for one in plan.points] == [0.0]
+
+
 @pytest.mark.parametrize("min_cosine", [0.9, 0.96, 0.98, 0.99, 0.995, 0.9985, 0.9999])
 def test_the_least_latency_that_keeps_the_budget(min_cosine: float) -> None:
     plan = search(min_cosine)

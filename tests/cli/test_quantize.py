@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,8 @@ def test_a_missed_gate_exits_1_with_the_table_before(
     out, err = capsys.readouterr()
     assert "llm" in out
     assert "missed" in out
+    assert re.search(r"^llm: /\S+/MatMul adds the largest error$", out, re.MULTILINE), out
+    assert len(err.splitlines()) == 1
     assert err.splitlines()[-1].startswith("bridgeport: not written: llm: worst token's cosine 0.")
     assert not (tmp_path / "out").exists()
 
@@ -117,6 +120,16 @@ def test_a_missed_gate_exits_1_with_the_table_before(
     [
         (["--precision", "fp8"], "precision fp8 cannot run on target cpu"),
         (["--precision", "int8", "--stage", "llm"], "--stage 'llm' is not STAGE=PRECISION"),
+        (
+            ["--precision", "int8", "--stage", "llm=int8", "--stage", "llm=int4"],
+            "--stage names llm twice (int8 and int4)",
+        ),
+        (["--precision", "int8", "--save-inputs", "inputs.txt"], "inputs.txt is no name for tensors"),
+        (["--precision", "int8", "--report", "report"], "--report is what --auto found; add --auto, or leave"),
+        (
+            ["--precision", "int8", "--weights", "gptq"],
+            "--weights gptq fits the 4-bit weights of a",
+        ),
         (["--precision", "int8", "--observer", "median"], "--observer 'median' is unknown"),
         (["--precision", "int8", "--samples", "3"], "--samples"),
         (["--precision", "int8", "--min-cosine", "2"], "--min-cosine 2.0 is no cosine"),
