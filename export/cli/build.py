@@ -85,6 +85,16 @@ def build(
     if timing_cache is not None and no_timing_cache:
         raise typer.BadParameter("--timing-cache and --no-timing-cache exclude each other")
     if emit is not None:
+        _refuse_with_emit(
+            {
+                "--timing-cache": timing_cache,
+                "--no-timing-cache": no_timing_cache,
+                "--skip-preflight": skip_preflight,
+                "--sign": sign,
+                "--log": log,
+                "--json": as_json,
+            }
+        )
         _emit(bundle, emit, profile or [], options, device, out, force=force)
         return
     if out is None:
@@ -116,13 +126,21 @@ def build(
         _print(summary)
 
 
+def _refuse_with_emit(given: dict[str, object]) -> None:
+    if names := [name for name, value in given.items() if value]:
+        raise typer.BadParameter(f"--emit writes a script and builds nothing; leave {', '.join(names)} out")
+
+
 def _emit(
     bundle: Path, kind: str, profiles: list[str], options: Any, device: str, out: Path | None, *, force: bool
 ) -> None:
     from ...bundle import Bundle, output_errors
     from ...errors import OutputError
     from ..tensorrt.emit import emit_script
+    from ..tensorrt.graphs import check_outside
 
+    if out is not None:
+        check_outside(out, bundle)
     script = emit_script(Bundle.load(bundle), kind, profiles, options=options, device=device)  # type: ignore[arg-type]
     if out is None:
         typer.echo(script, nl=False)

@@ -10,10 +10,13 @@ import typer
 
 if TYPE_CHECKING:
     from ..preflight.fix import FixReport
+    from ..preflight.report import PreflightReport
 
 
 def preflight(
-    bundle: Annotated[Path, typer.Argument(help="Directory that `bridgeport export` or `quantize` wrote.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="Directory that `bridgeport export` or `quantize` wrote; or any .onnx file.")
+    ],
     tensorrt: Annotated[
         str, typer.Option("--tensorrt", help="Version that will build: 10.3 (JetPack 6.2), 10.13, 10.16, 11.4.")
     ] = "10.3",
@@ -43,12 +46,20 @@ def preflight(
     """Find what would stop or hurt a TensorRT build, without a GPU; exit 1 when there is an error."""
     from rich.console import Console
 
-    from ...errors import CheckFailed, InputError
+    from ...errors import InputError
     from ..preflight.corners import Limits
-    from ..preflight.report import render
-    from ..preflight.run import default_memory
+    from ..preflight.run import default_memory, preflight_graph
     from ..preflight.run import preflight as check
 
+    if bundle.suffix == ".onnx" and bundle.is_file():
+        given = {"--fix": fix, "-o": output, "--reference": reference, "--profile": profile}
+        if names := [name for name, value in given.items() if value]:
+            raise InputError(
+                f"{bundle} is one graph, without a contract: leave {', '.join(names)} out, or give the bundle that it "
+                "belongs to"
+            )
+        _tell(preflight_graph(bundle, tensorrt=tensorrt, device=device), None, as_json=as_json)
+        return
     if fix != (output is not None):
         raise InputError("--fix and -o OUT go together: name the repaired bundle, the given one is never changed")
     options: dict[str, Any] = {
@@ -59,20 +70,28 @@ def preflight(
         "limits": Limits(default_memory(), seconds),
         "threads": threads,
     }
-    console = Console()
+    fixed: FixReport | None = None
     with Console(stderr=True).status("verifying the bundle") as spinner:
         options["progress"] = spinner.update
         if output is not None:
             from ..preflight.fix import fix_bundle
 
             fixed = fix_bundle(bundle, output, force=force, **options)
-            report, document = fixed.after, fixed.to_json()
-        else:
-            fixed, report = None, check(bundle, **options)
-            document = report.to_json()
+        report = check(bundle, **options) if fixed is None else fixed.after
+    _tell(report, fixed, as_json=as_json)
+
+
+def _tell(report: PreflightReport, fixed: FixReport | None, *, as_json: bool) -> None:
+    """Print what was found, and CheckFailed for errors."""
+    from rich.console import Console
+
+    from ...errors import CheckFailed
+    from ..preflight.report import render
+
     if as_json:
-        typer.echo(json.dumps(document, indent=2))
+        typer.echo(json.dumps((fixed or report).to_json(), indent=2))
     else:
+        console = Console()
         if fixed is not None:
             _print_repairs(console, fixed)
         console.print(render(report))

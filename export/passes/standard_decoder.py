@@ -19,13 +19,14 @@ from ..graph import save_graph
 from .base import GraphPass, PassResult, apply_passes
 from .standard_decoder_attention import StandardAttention
 from .standard_decoder_norm import ExplicitRmsNorm
+from .standard_decoder_places import WholeNumberClip
 
 OPSET = 20
 
 
 def standard_decoder_passes() -> Sequence[GraphPass]:
     """From the graph of a bundle's FP32 `llm`, in order; the graph keeps its inputs and outputs."""
-    return (ExplicitRmsNorm(), StandardAttention(), LowerOpset(OPSET))
+    return (ExplicitRmsNorm(), StandardAttention(), WholeNumberClip(), LowerOpset(OPSET))
 
 
 def write_standard_decoder(decoder: Path, out: Path) -> tuple[PassResult, ...]:

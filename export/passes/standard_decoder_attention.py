@@ -11,8 +11,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from .base import GraphPass
 from .gqa import CONTRIB
 from .positions import POSITIONS
-from .standard_decoder_mask import DecoderMask
+from .standard_decoder_mask import PREFIX, DecoderMask
 from .standard_decoder_nodes import NodeWriter
+from .standard_decoder_places import count_places
 from .weights import constant
 
 _OPERATOR = "GroupQueryAttention"
@@ -63,6 +64,7 @@ class StandardAttention(GraphPass):
         computed = next((v for node in model.graph for v in node.outputs if v.name == POSITIONS), None)
         if computed is not None:
             ir.convenience.replace_all_uses_with(computed, mask.positions())
+        count_places(model, mask)
         tables: dict[tuple[str, str], tuple[ir.Value, ir.Value]] = {}
         for node in _attentions(model):
             _Rewrite(model, node, mask, tables).run()
@@ -70,9 +72,13 @@ class StandardAttention(GraphPass):
         return model, True
 
     def ensures(self, model: ir.Model) -> str | None:
-        """None is left, and every present is as long as the mask."""
-        left = [node.name for node in _attentions(model)]
-        return f"{left[:3]} are left" if left else None
+        """None is left, and nothing else reads the mask: it would take places of the cache for positions."""
+        if left := [node.name for node in _attentions(model)]:
+            return f"{left[:3]} are left"
+        mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+        readers = [node for node, _ in mask.uses() if node.op_type != "Shape"]
+        other = [node.name for node in readers if not (node.name or "").startswith(f"{PREFIX}/")]
+        return f"{other[:3]} read the mask by themselves" if other else None
 
 
 class _Rewrite:

@@ -104,6 +104,18 @@ def check_precisions(device: Device, precisions: Iterable[tuple[str, str]]) -> I
             yield Finding("device-precision", "warning", stage, device.name, why, "measure it against FP16")
 
 
+def check_reports(device: Device, version: Version, precisions: Iterable[tuple[str, str]]) -> Iterator[Finding]:
+    """Warnings for (stage, precision) pairs of which somebody reports wrong numbers there."""
+    for row in tables()["reports"]:
+        of = Version.parse(row["tensorrt"])
+        if device.family not in row["families"] or (version.major, version.minor) != (of.major, of.minor):
+            continue
+        for stage, precision in precisions:
+            if stage in row["stages"] and precision == row["precision"]:
+                why = f"TensorRT {version} on {device.title}: {row['why']} (unverified: {row['source']})"
+                yield Finding("reported", "warning", stage, device.name, why, row["fix"])
+
+
 def check_version_on(device: Device, version: Version) -> Iterator[Finding]:
     """A finding when no JetPack of the device has this TensorRT."""
     if not device.jetson:

@@ -62,7 +62,8 @@ def check_operator_types(subject: Subject) -> Iterator[Finding]:
         if dtype.name not in accepted:
             why = f"{node.op_type} of {dtype.name}: operators.md lists {', '.join(sorted(accepted))} (unverified)"
             fix = f"if the build stops there, cast to {_nearest(dtype, accepted)} before it and back behind"
-            yield subject.finding("operator-dtype", "warning", name_of(node), why, fix)
+            whole = node.op_type == "Clip" and dtype in (ir.DataType.INT64, ir.DataType.INT32)
+            yield subject.finding("operator-dtype", "warning", name_of(node), why, fix, fixable=whole)
 
 
 def check_mixed_types(subject: Subject) -> Iterator[Finding]:

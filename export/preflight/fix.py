@@ -14,8 +14,10 @@ import onnx_ir as ir
 
 from ..._wire import external_data_locations
 from ...bundle import Bundle, check_output, staged_directory, write_manifest
-from ...errors import EngineError, ExportError
-from ...manifest import Manifest, StageRecord
+from ...errors import EngineError, ExportError, UnsupportedError
+from ...manifest import Manifest, StageRecord, Target
+from ...models.contract import StageContract
+from ...models.flamingo_contract import IMAGE_SEQUENCE
 from ...runtime.backends import EngineOptions
 from ...runtime.onnxruntime import load_engine
 from ...runtime.parity.metrics import Difference, compare, worst_of
@@ -24,10 +26,13 @@ from ..graph import save_graph
 from ..memory import release_memory
 from ..passes import apply_passes
 from ..passes.standard_decoder import OPSET, write_standard_decoder
+from ..tensorrt.build import check_buildable
+from ..tensorrt.graphs import copy_graphs
+from ..tensorrt.profiles import IMAGES, PAST
 from .corners import GATES, open_session
 from .feeds import make_feed
 from .findings import Finding, sort_findings
-from .profiles import BATCH, input_specs
+from .profiles import BATCH, TOKENS, TOTAL, input_specs
 from .repairs import repair_passes
 from .report import PreflightReport
 from .run import DECODER_CHECKS, Progress, is_decoder_to_rewrite, preflight
@@ -97,9 +102,8 @@ def fix_bundle(
     before = preflight(bundle, **options)
     checks = {(one.stage, one.check) for one in before.findings if one.fixable}
     with staged_directory(out, force=force, protect=(bundle.path,)) as staging:
-        _copy_files(bundle, staging)
-        manifest, repairs = bundle.manifest, []
-        for stage in bundle.manifest.stages:
+        manifest, repairs = copy_graphs(bundle, staging), []
+        for stage in manifest.stages:
             own = {check for name, check in checks if name == stage.contract.name}
             if own:
                 say(f"{stage.contract.name}: repairing")
@@ -107,7 +111,8 @@ def fix_bundle(
                 repairs += done
         notes = {"preflight_fix": [vars(one) for one in repairs]}
         manifest = manifest.model_copy(update={"checks": {**manifest.checks, **notes}})
-        fixed = Bundle(staging, write_manifest(staging, manifest))
+        target = _target(Bundle(staging, manifest))
+        fixed = Bundle(staging, write_manifest(staging, manifest.model_copy(update={"target": target})))
         after = preflight(fixed, **options)
         after = replace(after, bundle=str(out), findings=_with_declined(after.findings, repairs))
     return FixReport(str(out), tuple(repairs), before, after)
@@ -124,11 +129,13 @@ def _with_declined(findings: Sequence[Finding], repairs: Sequence[Repair]) -> tu
     return tuple(sort_findings([*findings, *declined]))
 
 
-def _copy_files(bundle: Bundle, staging: Path) -> None:
-    for record in bundle.manifest.files:
-        target = staging / record.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(bundle.path / record.path, target)
+def _target(fixed: Bundle) -> Target:
+    """Whom the graphs are for now: TensorRT, unless it still cannot read one, or one was quantised for another."""
+    try:
+        check_buildable(fixed)
+    except UnsupportedError:
+        return fixed.manifest.target
+    return "tensorrt"
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,8 @@ class _Stage:
         if checks & DECODER_CHECKS and is_decoder_to_rewrite(self.source, self.record):
             manifest, one = self._rewrite_decoder(manifest)
             repairs.append(one)
+            if one.status == "repaired":
+                checks = checks - {"operator-dtype"}  # done on the way
         if checks - DECODER_CHECKS:
             repairs.append(self._apply_passes(manifest))
         return manifest, repairs
@@ -244,14 +253,22 @@ def _bundle_of(source: Bundle, manifest: Manifest, graph: Path, stage: str) -> B
 def _compare_graphs(record: StageRecord, manifest: Manifest, old: Path, new: Path, threads: int | None) -> Difference:
     """Outputs of two graphs on the same inputs: two rows, small sizes."""
     contract = record.contract
-    sizes = {axis.name: min(max(2 if axis.name == BATCH else 4, axis.min), axis.max) for axis in contract.axes}
-    if "total_sequence" in sizes:
-        sizes.update(past_sequence=0, total_sequence=sizes["sequence"])
+    sizes = _small_sizes(contract, manifest)
+    if TOTAL in sizes:
+        sizes.update({PAST: 0, TOTAL: sizes[TOKENS]})
     feed = make_feed(input_specs(record, manifest), sizes, seed=3)
     names = [spec.name for spec in contract.outputs]
     found = [open_session(path, threads).run(names, feed) for path in (old, new)]
     pairs = zip(*found, strict=True)
     return worst_of([compare(np.asarray(one, np.float32), np.asarray(two, np.float32)) for one, two in pairs])
+
+
+def _small_sizes(contract: StageContract, manifest: Manifest) -> dict[str, int]:
+    """Two rows, and four of everything else as far as the contract takes it."""
+    sizes = {axis.name: min(max(2 if axis.name == BATCH else 4, axis.min), axis.max) for axis in contract.axes}
+    if manifest.flamingo is not None and IMAGES in sizes and IMAGE_SEQUENCE in sizes:
+        sizes[IMAGE_SEQUENCE] = sizes[IMAGES] * manifest.flamingo.latents
+    return sizes
 
 
 def _compare_decoders(old: Bundle, new: Bundle, threads: int | None) -> Difference:
@@ -263,13 +280,13 @@ def _compare_decoders(old: Bundle, new: Bundle, threads: int | None) -> Differen
 def _decode(bundle: Bundle, threads: int | None) -> list[Any]:
     engine = load_engine(bundle, "llm", EngineOptions(threads=threads))
     contract = engine.contract
-    length = max(1, min(_PROMPT, contract.axis("total_sequence").max - 1, contract.axis("sequence").max))
+    length = max(1, min(_PROMPT, contract.axis(TOTAL).max - 1, contract.axis(TOKENS).max))
     rows = min(2, contract.axis(BATCH).max)
-    sizes = {BATCH: rows, "sequence": length, "total_sequence": length}
+    sizes = {**_small_sizes(contract, bundle.manifest), BATCH: rows, TOKENS: length, TOTAL: length}
     cache = engine.allocate_cache(rows, length + 1)
     prompt = make_feed(contract.inputs, sizes, seed=5)
     found = [engine.run(prompt, cache=cache)["logits"]]
-    step = make_feed(contract.inputs, {BATCH: rows, "sequence": 1, "total_sequence": length + 1}, seed=7)
+    step = make_feed(contract.inputs, {**sizes, TOKENS: 1, TOTAL: length + 1}, seed=7)
     lengths = prompt["attention_mask"].sum(1)
     step["attention_mask"] = (np.arange(length + 1) < (lengths + 1)[:, None]).astype(np.int64)
     step["logits_position"] = np.zeros(rows, np.int64)

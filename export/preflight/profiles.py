@@ -1,7 +1,8 @@
 """Dynamic axes and optimization profiles: every axis covered, ordered, and its corners.
 
 A corner is one setting of all axes at which each is at the least, best or largest size of its profile. Axes that hang
-together stay so: `total_sequence` is `past_sequence + sequence`, with a past of 0 in a prefill.
+together stay so: `total_sequence` is `past_sequence + sequence`, with a past of 0 in a prefill, and `image_sequence` so
+many times the latents as there are `images`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import onnx_ir as ir
 
 from ...manifest import Manifest, StageRecord
 from ...models.contract import StageContract, TensorSpec
-from ..tensorrt.profiles import PAST, parse_profiles, stage_inputs, stage_outputs, stage_profiles
+from ...models.flamingo_contract import IMAGE_SEQUENCE
+from ..tensorrt.profiles import IMAGES, PAST, parse_profiles, stage_inputs, stage_outputs, stage_profiles
 from .findings import Finding
 
 TOKENS, TOTAL, BATCH = "sequence", "total_sequence", "batch"
@@ -125,7 +127,8 @@ def _profiles(stage: StageRecord, manifest: Manifest, texts: Sequence[str]) -> I
 
 def _settings(axes: Mapping[str, Range]) -> Iterator[dict[str, int]]:
     """Sizes at the corners; all combinations, or one axis at a time where these would be too many."""
-    free = {axis: sizes for axis, sizes in axes.items() if not (axis == TOTAL and PAST in axes)}
+    follows = {TOTAL: PAST, IMAGE_SEQUENCE: IMAGES}
+    free = {axis: sizes for axis, sizes in axes.items() if follows.get(axis) not in axes}
     choices = [tuple(dict.fromkeys(sizes)) for sizes in free.values()]
     count = 1
     for choice in choices:
@@ -135,6 +138,8 @@ def _settings(axes: Mapping[str, Range]) -> Iterator[dict[str, int]]:
         sizes = dict(zip(free, combination, strict=True))
         if PAST in sizes:
             sizes[TOTAL] = sizes[PAST] + sizes[TOKENS]
+        if IMAGES in sizes and IMAGE_SEQUENCE in axes:
+            sizes[IMAGE_SEQUENCE] = sizes[IMAGES] * (axes[IMAGE_SEQUENCE][2] // axes[IMAGES][2])
         yield sizes
 
 

@@ -21,12 +21,17 @@ _PROMPT_ALONE = frozenset({"inputs_embeds", "attention_mask", "logits_position"}
 
 
 class CheckpointReference:
-    """Computes what a stage's module does, for stages that have one; of a language model, its prefill."""
+    """Computes what a stage's module does, for stages that have one; of a language model, its prefill.
+
+    `is_other`: whether the bundle names other files than this checkpoint has.
+    """
 
     def __init__(self, bundle: Bundle, checkpoint: str | Path) -> None:
         from ...models import load_checkpoint
+        from ...runtime.parity.check import same_checkpoint
 
         found: VisionLanguageModel = load_checkpoint(checkpoint)
+        self.is_other = same_checkpoint(bundle, found) is False
         if bundle.manifest.reduction is not None:
             from ...models.reduction import reduce_tokens
 

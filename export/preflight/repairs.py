@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ...calibration.placement.patterns import infer_types
 from ...calibration.rules_graph import dtype_of
 from ..passes import GraphPass
+from ..passes.standard_decoder_places import WholeNumberClip
 from .constants import FP16_MASK, constants_of, role_of
 from .subject import STANDARD
 
@@ -29,8 +30,8 @@ _SINGLE, _HALF, _DOUBLE = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DO
 
 
 def repair_passes() -> tuple[GraphPass, ...]:
-    """In order: functions inlined, masks, types, islands."""
-    return (FoldFunctions(), LowerMasks(), DoubleToFloat(), Float32Islands())
+    """In order: functions inlined, masks, types, operators, islands."""
+    return (FoldFunctions(), LowerMasks(), DoubleToFloat(), WholeNumberClip(), Float32Islands())
 
 
 class FoldFunctions(GraphPass):

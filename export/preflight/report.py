@@ -21,14 +21,17 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """Findings, the corners that were run and the memory estimate of one bundle for one TensorRT version."""
+    """Findings, the corners that were run and the memory estimate of one bundle for one TensorRT version.
+
+    A graph outside of a bundle has no profiles: no corners, and None for `memory`.
+    """
 
     bundle: str
     tensorrt: str
     device: Device | None
     findings: tuple[Finding, ...]
     corners: tuple[CornerResult, ...]
-    memory: MemoryEstimate
+    memory: MemoryEstimate | None
 
     @property
     def passed(self) -> bool:
@@ -56,7 +59,7 @@ class PreflightReport:
             "counts": {severity: self.count(severity) for severity in SEVERITIES},
             "findings": [one.to_json() for one in self.findings],
             "corners": [one.to_json() for one in self.corners],
-            "memory": self.memory.to_json(),
+            "memory": None if self.memory is None else self.memory.to_json(),
         }
 
 
@@ -65,8 +68,10 @@ def render(report: PreflightReport) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[RenderableType] = [_corner_table(report.corners), _memory_table(report.memory)]
-    parts.append(Text(_memory_line(report.memory), style="dim"))
+    parts: list[RenderableType] = []
+    if report.memory is not None:
+        parts += [_corner_table(report.corners), _memory_table(report.memory)]
+        parts.append(Text(_memory_line(report.memory), style="dim"))
     if report.findings:
         parts.append(finding_table(report.findings))
     verdict = "nothing found that stops a build" if report.passed else "a build would fail or give wrong numbers"

@@ -15,12 +15,13 @@ from ...models.contract import StageContract
 from ...runtime.tensorrt.versions import OLDEST, Version
 from ..tensorrt.profiles import bundle_profiles
 from . import devices as device_table
-from .corners import CornerResult, Limits, Reference, StageRunner, corner_findings, free_memory
+from .corners import CornerResult, Limits, StageRunner, corner_findings, free_memory
 from .devices import BUNDLE, Device, find_device
 from .findings import Finding, sort_findings
 from .graph import check_graph
 from .memory import StageMemory, check_memory, estimate_bundle, estimate_stage
 from .profiles import check_axes, stage_corners
+from .reference import CheckpointReference
 from .report import PreflightReport
 
 Progress = Callable[[str], None]
@@ -60,10 +61,13 @@ def preflight(
         bundle = Bundle.load(bundle)
     _check_format(bundle)
     bundle_profiles(bundle.manifest, profiles)
-    compare_with = _reference(bundle, reference)
+    compare_with = None if reference is None else CheckpointReference(bundle, reference)
     limits = limits or Limits(default_memory())
     say = progress or (lambda _: None)
     findings: list[Finding] = [] if board is None else list(_check_device(bundle, board, version))
+    if compare_with is not None and compare_with.is_other:
+        why = "its files are not those that the bundle names: where corners differ, it may be for that"
+        findings.append(Finding("reference", "warning", BUNDLE, str(reference), why, "give what was exported"))
     corners: list[CornerResult] = []
     memory: list[StageMemory] = []
     for stage in bundle.manifest.stages:
@@ -92,6 +96,22 @@ def preflight(
     return PreflightReport(str(bundle.path), str(version), board, ordered, tuple(corners), estimate)
 
 
+def preflight_graph(path: str | Path, *, tensorrt: str = "10.3", device: str | None = None) -> PreflightReport:
+    """What would stop or hurt a build of the ONNX file `path`, whoever wrote it.
+
+    It has no contract, so no profiles are run and no memory is estimated. Raises InputError for an unknown version or
+    device and for a file that is no ONNX model.
+    """
+    version, path = parse_version(tensorrt), Path(path)
+    board = None if device is None else find_device(device)
+    # Repairs are judged by a bundle's contracts.
+    findings = [replace(one, fixable=False) for one in check_graph(path, None, version, stage=path.stem)]
+    if board is not None:
+        findings += device_table.check_version_on(board, version)
+        findings += device_table.check_precisions(board, [(path.stem, kind) for kind in _types_of(path)])
+    return PreflightReport(str(path), str(version), board, tuple(sort_findings(findings)), (), None)
+
+
 def default_memory() -> int:
     """Bytes that the corners may take."""
     return int(free_memory() * _SHARE_OF_MEMORY)
@@ -109,10 +129,9 @@ def parse_version(text: str) -> Version:
 
 
 def is_decoder_to_rewrite(bundle: Bundle, stage: StageRecord) -> bool:
-    """Whether the stage is a decoder of ONNX Runtime's operators that has a standard form."""
-    manifest, cache = bundle.manifest, bundle.manifest.kv_cache
-    plain = manifest.seq2seq is None and manifest.flamingo is None
-    return stage.contract.name == "llm" and cache is not None and cache.shared_buffer and plain
+    """Whether the stage is a decoder of ONNX Runtime's operators, which has a standard form."""
+    cache = bundle.manifest.kv_cache
+    return stage.contract.name == "llm" and cache is not None and cache.shared_buffer
 
 
 def _check_format(bundle: Bundle) -> None:
@@ -139,25 +158,30 @@ def _check_device(bundle: Bundle, device: Device, version: Version) -> Iterator[
     yield from device_table.check_version_on(device, version)
     pairs = [(stage.contract.name, stage.precision) for stage in bundle.manifest.stages]
     yield from device_table.check_precisions(device, dict.fromkeys((*pairs, *_stored_types(bundle))))
+    yield from device_table.check_reports(device, version, pairs)
 
 
 def _stored_types(bundle: Bundle) -> Iterator[tuple[str, str]]:
     """(stage, precision) for the types of weights that need hardware of their own."""
-    kinds = {"bfloat16": "bf16", "int4": "int4", "float8e4m3fn": "fp8", "float4e2m1": "fp4"}
     for stage in bundle.manifest.stages:
-        model = ir.load(bundle.graph(stage.contract.name))
-        types = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
-        types |= {value.dtype for node in model.graph for value in node.outputs if value.dtype is not None}
-        for name in sorted({dtype.name.lower() for dtype in types} & set(kinds)):
-            yield stage.contract.name, kinds[name]
+        name = stage.contract.name
+        yield from ((name, kind) for kind in _types_of(bundle.graph(name)))
 
 
-def _reference(bundle: Bundle, checkpoint: str | Path | None) -> Reference | None:
-    if checkpoint is None:
-        return None
-    from .reference import CheckpointReference
+def _types_of(path: Path) -> list[str]:
+    kinds = {"bfloat16": "bf16", "int4": "int4", "float8e4m3fn": "fp8", "float4e2m1": "fp4"}
+    model = ir.load(path)
+    types = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
+    types |= {value.dtype for node in model.graph for value in node.outputs if value.dtype is not None}
+    return [kinds[name] for name in sorted({dtype.name.lower() for dtype in types} & set(kinds))]
 
-    return CheckpointReference(bundle, checkpoint)
 
-
-__all__ = ["BUNDLE", "VERSIONS", "default_memory", "is_decoder_to_rewrite", "parse_version", "preflight"]
+__all__ = [
+    "BUNDLE",
+    "VERSIONS",
+    "default_memory",
+    "is_decoder_to_rewrite",
+    "parse_version",
+    "preflight",
+    "preflight_graph",
+]

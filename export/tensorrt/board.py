@@ -11,11 +11,17 @@ python3-libnvinfer python3-numpy), and nothing else: memory comes from the drive
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # Python looks for modules beside a script first: what was added to the archive would run.
+    _here = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120 - pathlib is not imported yet
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != _here]
+
 import argparse
 import ctypes
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,14 +211,49 @@ def verify_files(root: Path) -> None:
     lines = (root / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     for line in lines:
         expected, _, name = line.partition("  ")
-        digest, path = hashlib.sha256(), root / name
-        if not path.is_file():
+        if not (root / name).is_file():
             raise Problem(f"{name} is missing; unpack the archive again")
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        if digest.hexdigest() != expected:
+        if sha256(root / name) != expected:
             raise Problem(f"{name} was changed (its SHA-256 is not that of SHA256SUMS); unpack the archive again")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Built:
+    """Engines that were built on this machine: SHA-256 -> TensorRT's version.
+
+    An engine is executable code, so one is loaded only when it is known to come from here; what says so lies outside
+    of the archive, which could bring both.
+    """
+
+    def __init__(self, root: Path, tensorrt: str) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bridgeport" / "packed"
+        self.file = cache / f"{sha256(root / 'SHA256SUMS')}.json"
+        self.tensorrt = tensorrt
+
+    def read(self) -> dict[str, str]:
+        try:
+            return dict(json.loads(self.file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def holds(self, plan: Path) -> bool:
+        return plan.is_file() and self.read().get(sha256(plan)) == self.tensorrt
+
+    def add(self, plan: Path) -> None:
+        text = json.dumps({**self.read(), sha256(plan): self.tensorrt}, indent=1)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"{self.file} cannot be written ({error}): the next run builds again")
 
 
 def load_tensorrt() -> Any:
@@ -229,18 +270,21 @@ def load_tensorrt() -> Any:
     return tensorrt
 
 
-def build_stage(board: Board, job: dict[str, Any], root: Path) -> Path:
+def build_stage(board: Board, job: dict[str, Any], root: Path, built: Built) -> Path:
     """Build one engine unless it is there; what is written is written whole."""
     plan = root / "engines" / f"{job['stage']}.plan"
-    if plan.is_file():
+    if built.holds(plan):
         print(f"{job['stage']}: {plan.name} is there")
         return plan
+    if plan.is_file():
+        print(f"{job['stage']}: {plan.name} was not built here of these files by this TensorRT, and is replaced")
     print(f"{job['stage']}: building, this takes minutes", flush=True)
     data = board.build(job, root)
     plan.parent.mkdir(exist_ok=True)
     part = plan.with_suffix(".part")
     part.write_bytes(data)
     part.replace(plan)
+    built.add(plan)
     print(f"{job['stage']}: {len(data) / 1e6:.1f} MB")
     return plan
 
@@ -276,9 +320,9 @@ def run(root: Path, stages: list[str], *, build_only: bool, cuda_library: str = 
     print(f"TensorRT {module.__version__}, packed for {document['device']}")
     cuda = Cuda(cuda_library)  # before TensorRT's own: without a device its library is not safe to call
     board = Board(module)
-    passed = True
+    built, passed = Built(root, module.__version__), True
     for job in jobs:
-        plan = build_stage(board, job, root)
+        plan = build_stage(board, job, root, built)
         passed = build_only or (check_stage(board, cuda, job, plan, root) and passed)
     return passed
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from ..._version import __version__
 from ..._wire import external_data_locations, opset_imports
-from ...bundle import MANIFEST, Bundle, check_output, sha256, staged_directory, write_manifest
+from ...bundle import Bundle, check_output, sha256, staged_directory, write_manifest
 from ...engine_record import BuildOptions, EngineProfile, EngineRecord, MachineRecord
 from ...errors import CheckFailed, InputError, OutputError, UnsupportedError
 from ...manifest import StageRecord
 from ...runtime.tensorrt.api import load_api
 from ...runtime.tensorrt.loader import find_local_machine
+from ...runtime.tensorrt.versions import Version, check_member
 from .child import Progress, run_child
-from .devices import check_device, device_of, find_device, with_device_limits
+from .devices import check_device, device_of, find_device, with_device_limits, with_recommended
+from .graphs import copy_graphs
 from .job import BuildEvent, StageJob, StageResult
 from .profiles import bundle_profiles, narrow_contract, narrow_generation, stage_inputs
 from .timing_cache import device_lock, timing_cache_file
+
+if TYPE_CHECKING:
+    from ..preflight.report import PreflightReport
 
 _DOMAINS = frozenset({"", "ai.onnx"})
 
@@ -57,9 +62,9 @@ def build_bundle(
     `out` appears whole or not at all.
 
     Raises DependencyError without TensorRT, without a driver or with one too old, UnsupportedError without a GPU, on
-    another device or for graphs that TensorRT cannot read, InputError for profiles outside of the contract, CheckFailed
-    when preflight finds errors, EngineError when a build fails (out of memory: what to lower), OutputError when `out`
-    cannot be written.
+    another device or for graphs that TensorRT cannot read, InputError for profiles outside of the contract and options
+    that this TensorRT lacks, CheckFailed when preflight finds errors, EngineError when a build fails (out of memory:
+    what to lower), OutputError when `out` cannot be written.
     """
     say, settings = progress or _say_nothing, run or BuildRun()
     find_device(device)
@@ -70,16 +75,20 @@ def build_bundle(
     _check_log(settings.log)
     machine = find_build_machine()
     check_device(device, machine)
-    chosen = with_device_limits(options or BuildOptions(), device, machine)
-    checks = {} if settings.skip_preflight else _preflight(source, machine, device, profiles, say)
+    level = "NONE" if options is None else options.hardware_compatibility
+    check_member(Version.parse(machine.tensorrt), "HardwareCompatibilityLevel", level)
+    report = None if settings.skip_preflight else _preflight(source, machine, device, profiles, say)
+    memory = None if report is None else report.memory
+    chosen = with_recommended(options or BuildOptions(), None if memory is None else memory.settings)
+    chosen = with_device_limits(chosen, device, machine)
     with device_lock(machine, lambda text: say(BuildEvent("note", text=text))):
         # Once more: a build that this one waited for may have written there.
         check_output(out, force=force, protect=(source.path,))
         with staged_directory(out, force=force, protect=(source.path,)) as staging:
-            _copy_bundle(source, staging)
+            copy_graphs(source, staging)  # a stripped plan is refitted from them, another device builds from them
             job = _Jobs(source, staging, machine, chosen, settings, requested_words(profiles, options))
             stages, results = job.build_all(plans, say)
-            checks = {**source.manifest.checks, **checks, "build": _summary(results)}
+            checks = {**source.manifest.checks, **_told(report, machine), "build": _summary(results)}
             update = {
                 "stages": stages,
                 "generation": narrow_generation(source.manifest, stages),
@@ -102,6 +111,8 @@ def check_buildable(bundle: Bundle) -> None:
         f"make one for it: bridgeport quantize {bundle.path} -o NEW --precision fp16 --target tensorrt --calibration "
         "DIR (from the bundle in FP32)"
     )
+    if all(stage.quantization is None for stage in bundle.manifest.stages):
+        how += f", or in FP32: bridgeport preflight {bundle.path} --fix -o NEW"
     for stage in bundle.manifest.stages:
         name = stage.contract.name
         foreign = sorted(set(opset_imports(bundle.graph(name))) - _DOMAINS)
@@ -202,17 +213,6 @@ def _check_log(log: Path | None) -> None:
         raise OutputError(f"the log {log} cannot be written ({error.strerror}); name another file") from error
 
 
-def _copy_bundle(source: Bundle, staging: Path) -> None:
-    """The graphs stay: a stripped plan is refitted from them, and another device builds from them."""
-    engines = {stage.engine.file for stage in source.manifest.stages if stage.engine is not None}
-    for record in source.manifest.files:
-        if record.path in engines or record.path == MANIFEST:
-            continue
-        target = staging / record.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.path / record.path, target)
-
-
 def _summary(results: dict[str, StageResult]) -> dict[str, object]:
     stages = {
         name: {"seconds": one.seconds, "bytes": one.size, "warnings": list(one.warnings)}
@@ -223,18 +223,18 @@ def _summary(results: dict[str, StageResult]) -> dict[str, object]:
 
 def _preflight(
     source: Bundle, machine: MachineRecord, device: str, profiles: Sequence[str], say: Progress
-) -> dict[str, object]:
-    """What preflight found, as a check of the manifest. CheckFailed for errors."""
+) -> PreflightReport | None:
+    """What preflight found, None where it cannot run. CheckFailed for errors."""
     if util.find_spec("onnx_ir") is None or util.find_spec("onnxruntime") is None:
         say(BuildEvent("note", text="preflight is left out: it needs onnx, onnx-ir and onnxruntime"))
-        return {}
+        return None
     from ..preflight.run import parse_version, preflight
 
     try:
         parse_version(machine.tensorrt)
     except InputError as error:
         say(BuildEvent("note", text=f"preflight is left out: {error}"))
-        return {}
+        return None
     report = preflight(
         source,
         tensorrt=machine.tensorrt,
@@ -250,6 +250,13 @@ def _preflight(
             f"bridgeport preflight {source.path} --tensorrt {machine.tensorrt}; to build in spite of it: "
             "--skip-preflight)"
         )
+    return report
+
+
+def _told(report: PreflightReport | None, machine: MachineRecord) -> dict[str, object]:
+    """What preflight found, as a check of the manifest."""
+    if report is None:
+        return {}
     return {"preflight": {"tensorrt": machine.tensorrt, "warnings": report.count("warning")}}
 
 

@@ -5,9 +5,16 @@ The devices themselves are those of preflight (`export/preflight/data/devices.js
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ...engine_record import BuildOptions, MachineRecord
 from ...errors import InputError, UnsupportedError
+from ...manifest import Manifest
+from ..preflight import devices as table
 from ..preflight.devices import GIB, Device, devices, tables
+
+if TYPE_CHECKING:
+    from ..preflight.memory import BuildSettings  # needs onnx, which a board has not
 
 LOCAL = "local"
 # TensorRT's own default, which is stated where neither the command line nor the device says another.
@@ -37,6 +44,17 @@ def check_device(name: str, machine: MachineRecord) -> None:
     )
 
 
+def check_precisions(manifest: Manifest, name: str) -> None:
+    """UnsupportedError for a stage in a precision that the named device has no kernels for."""
+    device = find_device(name)
+    if device is None:
+        return
+    stages = [(stage.contract.name, stage.precision) for stage in manifest.stages]
+    for one in table.check_precisions(device, stages):
+        if one.severity == "error":
+            raise UnsupportedError(f"--device {name}, stage {one.stage}: {one.why}; {one.fix}")
+
+
 def device_of(name: str, machine: MachineRecord | None) -> Device | None:
     """The named device; for "local" the Jetson that this machine is, None for any other machine."""
     device = find_device(name)
@@ -55,6 +73,20 @@ def with_device_limits(options: BuildOptions, name: str, machine: MachineRecord 
     if device is not None:
         limits["optimization_level"] = device.builder_optimization_level or LEVEL
         limits |= {"workspace_mib": device.workspace_mib, "tactic_dram_mib": device.tactic_dram_mib}
+    return options.model_copy(update={key: value for key, value in limits.items() if getattr(options, key) is None})
+
+
+def with_recommended(options: BuildOptions, settings: BuildSettings | None) -> BuildOptions:
+    """`options` with what preflight found for this bundle on a small board, where nothing was given: the weights may
+    leave less than the device's limits.
+    """
+    if settings is None:
+        return options
+    limits = {
+        "workspace_mib": settings.workspace_mib,
+        "tactic_dram_mib": settings.tactic_dram_mib,
+        "optimization_level": settings.builder_optimization_level,
+    }
     return options.model_copy(update={key: value for key, value in limits.items() if getattr(options, key) is None})
 
 

@@ -16,7 +16,7 @@ from ...engine_record import BuildOptions, EngineProfile, ShapeRange
 from ...errors import InputError
 from ...manifest import StageRecord
 from .build import check_buildable
-from .devices import describe_device, find_device, with_device_limits
+from .devices import check_precisions, describe_device, find_device, with_device_limits
 from .profiles import bundle_profiles, stage_inputs
 
 ScriptKind = Literal["trtexec", "polygraphy"]
@@ -54,12 +54,13 @@ def emit_script(
     or to what the variable ENGINES says.
 
     Raises InputError for an unknown kind or device and for profiles outside of the contract, UnsupportedError for
-    graphs that TensorRT cannot read.
+    graphs that TensorRT cannot read or the device not compute.
     """
     if kind not in KINDS:
         raise InputError(f"--emit {kind!r} is unknown; accepted are {', '.join(KINDS)}")
     find_device(device)
     check_buildable(bundle)
+    check_precisions(bundle.manifest, device)
     chosen = with_device_limits(options or BuildOptions(), device)
     plans = bundle_profiles(bundle.manifest, profiles)
     command = _trtexec if kind == "trtexec" else _polygraphy

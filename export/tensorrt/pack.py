@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 
 from ..._version import __version__
-from ...bundle import MANIFEST, Bundle, output_errors, sha256
+from ...bundle import MANIFEST, Bundle, output_errors, sha256, write_manifest
 from ...engine_record import BuildOptions, EngineProfile
 from ...errors import InputError, OutputError
 from ...manifest import StageRecord
 from . import board
 from .build import check_buildable
-from .devices import find_device, with_device_limits
+from .devices import check_precisions, find_device, with_device_limits
 from .emit import KINDS, emit_script
+from .graphs import check_outside, copy_graphs
 from .profiles import bundle_profiles
 from .recordings import MIN_COSINE, Case, record_cases
+from .sign import SUFFIX as SIGNATURE
 from .sign import load_private_key, sign_with
 
 SUMS, SCRIPT, DOCUMENT = "SHA256SUMS", "build_and_check.py", "pack.json"
@@ -45,20 +47,23 @@ def pack_bundle(
 ) -> Path:
     """Write `bundle` as an archive that needs nothing but JetPack's Python, numpy and TensorRT on the other side.
 
-    The same bundle gives the same bytes. `device`: whose memory limits the build takes. `pictures`: calibration data
-    whose first pictures are recorded, None for drawn ones. `sign`: private Ed25519 key in PEM; the manifest and
-    SHA256SUMS are signed.
+    The same bundle gives the same bytes; engines that it holds stay behind. `device`: whose memory limits the build
+    takes. `pictures`: calibration data whose first pictures are recorded, None for drawn ones. `sign`: private Ed25519
+    key in PEM; the manifest and SHA256SUMS are signed.
 
     Raises InputError for a name that does not end in .tar.gz, an unknown device or profiles outside of the contract,
-    UnsupportedError for graphs that TensorRT cannot read, OutputError when the archive cannot be written.
+    UnsupportedError for graphs that TensorRT cannot read or the device not compute, OutputError when the archive
+    cannot be written.
     """
     say, out = progress or _say_nothing, Path(out_archive)
     find_device(device)
     _check_out(out, force=force)
+    check_outside(out, Path(bundle))
     key = load_private_key(sign) if sign is not None else None
     say("verifying the bundle")
     source = Bundle.load(bundle)
     check_buildable(source)
+    check_precisions(source.manifest, device)
     plans = bundle_profiles(source.manifest, profiles)
     chosen = with_device_limits(options or BuildOptions(), device)
     with output_errors(out):
@@ -111,10 +116,18 @@ def _check_out(out: Path, *, force: bool) -> None:
 
 
 def _copy_bundle(source: Bundle, target: Path) -> None:
-    """All files of the manifest and the manifest as it is: its hashes and its signature hold on the other side."""
-    for name in (MANIFEST, *(record.path for record in source.manifest.files)):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.path / name, target / name)
+    """All files of the manifest and the manifest as it is: its hashes and its signature hold on the other side.
+
+    Engines stay behind, and with them the manifest that lists them: they run on the machine of their build alone.
+    """
+    target.mkdir()
+    manifest = copy_graphs(source, target)
+    if manifest != source.manifest:
+        write_manifest(target, manifest)
+        return
+    for name in (MANIFEST, MANIFEST + SIGNATURE):
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, target / name)
 
 
 def _write_cases(

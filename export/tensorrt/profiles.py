@@ -15,9 +15,12 @@ from ...engine_record import AxisRange, EngineProfile, ShapeRange
 from ...errors import InputError
 from ...manifest import GenerationContract, Manifest, StageRecord
 from ...models.contract import Axis, StageContract, TensorSpec
+from ...models.flamingo_contract import IMAGE_SEQUENCE
 
 # The axis of a cache that grows by concatenation; no contract has it, since callers never see the cache.
 PAST = "past_sequence"
+# Pictures of a prompt; where a stage has both, IMAGE_SEQUENCE is so many times the latents of one.
+IMAGES = "images"
 _SYNTAX = (
     "write one profile as --profile 'batch=1,4,8 sequence=1,32,64' (MIN,OPT,MAX per axis; STAGE.AXIS for one stage)"
 )
@@ -81,6 +84,7 @@ def stage_profiles(
     found: list[EngineProfile] = []
     for request in requests or (ProfileRequest("", {}),):
         axes = {axis.name: _range(stage.contract, axis, request) for axis in _input_axes(stage.contract)}
+        axes |= _image_tokens(stage.contract, manifest, request)
         for name, ranges in _language_ranges(axes) if grows else [("default", axes)]:
             shapes = {spec.name: _shapes(spec.shape, ranges) for spec in stage_inputs(stage, manifest)}
             profile = EngineProfile(name=name, axes=ranges, shapes=shapes)
@@ -170,6 +174,26 @@ def _range(contract: StageContract, axis: Axis, request: ProfileRequest) -> Axis
             f"for, {axis.min} to {axis.max}; stay inside, or name the stage that is meant as STAGE.{axis.name}"
         )
     return chosen
+
+
+def _image_tokens(contract: StageContract, manifest: Manifest, request: ProfileRequest) -> dict[str, AxisRange]:
+    """The range of IMAGE_SEQUENCE, which follows from that of the pictures; empty for other models and stages."""
+    axes = {axis.name: axis for axis in _input_axes(contract)}
+    if manifest.flamingo is None or IMAGE_SEQUENCE not in axes:
+        return {}
+    asked, images = request.range_of(contract.name, IMAGE_SEQUENCE), request.range_of(contract.name, IMAGES)
+    if IMAGES in axes and images is None:
+        images = axes[IMAGES].min, axes[IMAGES].opt, axes[IMAGES].max
+    if images is None:
+        return {}
+    latents = manifest.flamingo.latents
+    follows = images[0] * latents, images[1] * latents, images[2] * latents
+    if asked is not None and asked != follows:
+        raise InputError(
+            f"--profile {request.text!r}: {IMAGE_SEQUENCE} of stage {contract.name} is {latents} for each picture, "
+            f"{','.join(map(str, follows))} here; name {IMAGES} alone"
+        )
+    return {IMAGE_SEQUENCE: follows}
 
 
 def _language_ranges(axes: Mapping[str, AxisRange]) -> list[tuple[str, dict[str, AxisRange]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Exported:
     cache: KvCacheContract
     rows: tuple[Any, ...]
     positions: Any = None
+    # Of the prompts and of every step: what is read beside the tokens.
+    more: tuple[dict[str, Any], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
 
 
 def exported(original: Path, standard: Path, cache: KvCacheContract, width: int, axes: int = 1) -> Exported:
@@ -73,7 +75,9 @@ def step_embeds(case: Exported, step: int) -> dict[str, Any]:
     """Inputs that both layouts take alike: prompts padded on the right, or one token of each row."""
     lengths, longest = np.array(LENGTHS), max(LENGTHS)
     start, end = (0, longest) if step == 0 else (longest + step - 1, longest + step)
-    more = {} if case.positions is None else {"position_ids": np.ascontiguousarray(case.positions[:, :, start:end])}
+    more = dict(case.more[step > 0])
+    if case.positions is not None:
+        more["position_ids"] = np.ascontiguousarray(case.positions[:, :, start:end])
     if step == 0:
         rows = [np.pad(row[:n], ((0, longest - n), (0, 0))) for row, n in zip(case.rows, LENGTHS, strict=True)]
         return {"inputs_embeds": np.stack(rows), "logits_position": lengths - 1, **more}

@@ -40,6 +40,7 @@ class NoCache:
     """All of a manifest that a stage without a cache is asked about."""
 
     kv_cache = None
+    flamingo = None
 
 
 def manifest() -> Manifest:

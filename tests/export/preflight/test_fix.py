@@ -21,7 +21,9 @@ from bridgeport.export.preflight import fix as fixing
 from bridgeport.export.preflight.corners import Limits
 from bridgeport.export.preflight.findings import Finding
 from bridgeport.export.preflight.fix import fix_bundle
+from bridgeport.export.preflight.graph import check_graph
 from bridgeport.export.preflight.repairs import DoubleToFloat, Float32Islands, LowerMasks, repair_passes
+from bridgeport.runtime.tensorrt.versions import Version
 
 OPTIONS: dict[str, Any] = {
     "profiles": ["batch=2 sequence=4"],
@@ -74,6 +76,19 @@ def test_double_becomes_float() -> None:
     assert DoubleToFloat().requires(graph("double[N] x", "double[N] y", "y = Neg(x)")) == (
         "x is an input or output of DOUBLE"
     )
+
+
+def test_a_clip_of_whole_numbers_is_found_and_rewritten(tmp_path: Path) -> None:
+    body = "low = Constant<value_int = 0>() high = Constant<value_int = 3>() y = Clip(x, low, high)"
+    model = graph("int64[N] x", "int64[N] y", body)
+    ir.save(model, tmp_path / "model.onnx")
+    found = check_graph(tmp_path / "model.onnx", None, Version.parse("10.3"), stage="g")
+    assert [(one.check, one.severity, one.fixable) for one in found] == [("operator-dtype", "warning", True)]
+    model, results = apply_passes(model, repair_passes(), stage="g")
+    assert [one.name for one in results if one.changed] == ["whole-number-clip"]
+    np.testing.assert_array_equal(run(model, {"x": np.arange(-2, 6)})[0], [0, 0, 0, 1, 2, 3, 3, 3])
+    ir.save(model, tmp_path / "model.onnx")
+    assert check_graph(tmp_path / "model.onnx", None, Version.parse("10.3"), stage="g") == []
 
 
 def test_norm_and_softmax_leave_fp16() -> None:
@@ -130,12 +145,15 @@ def test_a_bundle_is_repaired(broken: Path, tmp_path: Path) -> None:
     assert {(one.stage, one.status) for one in report.repairs} == {("encoder", "repaired"), ("llm", "repaired")}
     assert max(one.max_rel or 0.0 for one in report.repairs) < 1e-4
     assert report.after.passed
+    assert report.after.memory is not None
+    assert [one.unknown for one in report.after.memory.stages] == [0] * 4  # the mask's Range has a length
     assert {("llm", "contrib"), ("encoder", "mask")} <= {(one.stage, one.check) for one in report.solved()}
 
     fixed = Bundle.load(out)
     assert fixed.manifest.kv_cache is not None
     assert fixed.manifest.kv_cache.shared_buffer is False
     assert fixed.manifest.stage("llm").opset == 20
+    assert (Bundle.load(broken).manifest.target, fixed.manifest.target) == ("cpu", "tensorrt")
     # The variant of the connector still finds its weights, and nothing of the work is left.
     assert fixed.graph("connector", "attention").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["fixed"]

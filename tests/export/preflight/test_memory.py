@@ -16,6 +16,7 @@ from bridgeport.export.preflight.devices import (
     MIB,
     Device,
     check_precisions,
+    check_reports,
     check_version_on,
     devices,
     find_device,
@@ -149,6 +150,16 @@ def test_precisions(device: str, precision: str, severity: str | None) -> None:
     assert found == ([] if severity is None else [severity])
 
 
+def test_what_somebody_reports_is_a_warning_there_alone() -> None:
+    def found(device: str, version: str, precision: str = "fp16", stage: str = "llm") -> list[str]:
+        pairs = [(stage, precision)]
+        return [one.severity for one in check_reports(find_device(device), Version.parse(version), pairs)]
+
+    assert found("thor", "10.13.3") == ["warning"]
+    others = [found("thor", "10.16"), found("agx-orin", "10.13"), found("thor", "10.13", "fp32")]
+    assert [*others, found("thor", "10.13", stage="encoder")] == [[], [], [], []]
+
+
 VERSIONS = [
     ("orin-nano", "10.3", None),
     ("orin-nano", "10.13", "error"),
@@ -176,7 +187,7 @@ def test_every_device_has_a_source_and_room() -> None:
         assert device.source
         assert 0 < device.usable_bytes < device.memory_gib * 2**30
         assert supports(device, "fp16")
-    for row in (*tables()["precisions"].values(), *tables()["jetpacks"]):
+    for row in (*tables()["precisions"].values(), *tables()["jetpacks"], *tables()["reports"]):
         assert row["source"]
 
 

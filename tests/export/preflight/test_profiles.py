@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tests.export.preflight.stages import LARGEST, contract, manifest, record, write_graph
+from tests.export.preflight.stages import LARGEST, NoCache, contract, manifest, record, write_graph
 
 from bridgeport.bundle import Bundle
 from bridgeport.errors import InputError
 from bridgeport.export.preflight.corners import CornerResult, Limits, StageRunner, corner_findings
 from bridgeport.export.preflight.feeds import Feed, make_feed
 from bridgeport.export.preflight.profiles import MOST_CORNERS, Corner, _settings, check_axes, stage_corners
-from bridgeport.models.contract import Axis, StageContract
+from bridgeport.export.tensorrt.profiles import parse_profiles, stage_profiles
+from bridgeport.models.contract import Axis, StageContract, TensorSpec
 
 DOUBLE = "two = Constant<value_float = 2.0>() y = Mul(x, two)"
 # 0 / (8 - batch): NaN at the largest batch, 0 at all others.
@@ -162,6 +163,26 @@ def test_corners_of_a_decoder_keep_its_axes_together(blip2_bundle: Any) -> None:
         assert all(one.sizes["past_sequence"] == 0 for one in corners if one.profile == "prefill")
         assert {longest} <= {one["total_sequence"] for one in sizes}
         assert {llm.contract.axis("batch").min, llm.contract.axis("batch").max} == {one["batch"] for one in sizes}
+
+
+def test_latents_follow_the_pictures() -> None:
+    """Flamingo: `image_sequence` is so many times the latents as there are `images`, at every corner and bound."""
+    ranges = {"batch": (1, 1, 2), "images": (1, 1, 8), "image_sequence": (4, 4, 32), "sequence": (1, 4, 16)}
+    of = StageContract(
+        name="llm",
+        inputs=tuple(TensorSpec(name=f"x_{axis}", dtype="float32", shape=(axis,)) for axis in ranges),
+        outputs=(),
+        axes=tuple(Axis(name=axis, min=low, opt=best, max=high) for axis, (low, best, high) in ranges.items()),
+    )
+    pictures: Any = type("Pictures", (NoCache,), {"flamingo": type("", (), {"latents": 4})})()
+    for texts in ([], ["images=1,2,3"], ["images=1,2,3 image_sequence=4,8,12"]):
+        corners = stage_corners(record(of), pictures, texts)
+        assert {one.sizes["image_sequence"] / one.sizes["images"] for one in corners} == {4}
+        assert max(one.sizes["images"] for one in corners) == (3 if texts else 8)
+        (profile,) = stage_profiles(record(of), pictures, parse_profiles(texts))
+        assert profile.axes["image_sequence"] == tuple(4 * size for size in profile.axes["images"])
+    with pytest.raises(InputError, match="image_sequence of stage llm is 4 for each picture, 4,8,12 here; name images"):
+        stage_corners(record(of), pictures, ["images=1,2,3 image_sequence=4,4,12"])
 
 
 def test_a_profile_narrows_the_corners_and_stays_in_the_contract() -> None:

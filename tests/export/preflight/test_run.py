@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from tests.export.preflight.stages import edited, planted, without_decoder
+from tests.export.preflight.stages import edited, planted, without_decoder, write_graph
 
 from bridgeport import cli
 from bridgeport.bundle import Bundle
@@ -96,6 +96,8 @@ def test_corners_are_held_against_pytorch(
     assert max(one.reference or 0.0 for one in report.corners) < 1e-4
     other = check(blip2_bundle("llama"), reference=blip2_checkpoint("llama-gqa-tied"))
     assert ("encoder", "corner") in findings(other, "error"), "another checkpoint's weights must be told"
+    assert ("bundle", "reference") in findings(other, "warning")
+    assert ("bundle", "reference") not in findings(report, "warning")
 
 
 def _bake(model: ir.Model) -> None:
@@ -199,6 +201,26 @@ def test_bad_usage(
 ) -> None:
     assert verb(monkeypatch, vision, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_graph_of_anybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An .onnx file has no contract: its nodes are checked, and nothing is run or repaired."""
+    graph = write_graph(tmp_path, "y = Erf(x)")
+    assert verb(monkeypatch, graph, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["findings"], document["corners"], document["memory"]) == ([], [], None)
+    write_graph(tmp_path, "y = com.microsoft.Gelu(x)")
+    assert verb(monkeypatch, graph, "--device", "orin-nano") == 1
+    printed = capsys.readouterr()
+    assert "com.microsoft.Gelu" in "".join(printed.out.split())
+    assert "(--fix does it)" not in printed.out
+    assert verb(monkeypatch, graph, "--fix", "-o", tmp_path / "out", "--profile", "batch=1") == 2
+    assert "leave --fix, -o, --profile out, or give the bundle" in capsys.readouterr().err
+    graph.write_bytes(b"no model")
+    assert verb(monkeypatch, graph) == 2
+    assert "model.onnx is not read as an ONNX model" in capsys.readouterr().err
 
 
 def test_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

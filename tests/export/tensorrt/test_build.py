@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +109,30 @@ def test_preflight_comes_first_and_its_errors_stop_the_build(
     assert not (tmp_path / "engines").exists()
 
 
+def test_a_build_sets_what_preflight_recommends(bundle: Bundle, board: Callable[..., None], tmp_path: Path) -> None:
+    """Where the weights leave less than the board's own limits; what was asked for stays."""
+    board()
+    settings = SimpleNamespace(workspace_mib=512, tactic_dram_mib=256, builder_optimization_level=1)
+
+    class Report:
+        findings = ()
+        memory = SimpleNamespace(settings=settings)
+
+        def count(self, _: str) -> int:
+            return 0
+
+    module = ModuleType("run")
+    module.__dict__.update(preflight=lambda *_, **__: Report(), parse_version=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "bridgeport.export.preflight.run", module)
+        built = build_bundle(bundle.path, tmp_path / "engines", options=BuildOptions(workspace_mib=700))
+    for stage in built.manifest.stages:
+        assert stage.engine is not None
+        options = stage.engine.options
+        assert (options.workspace_mib, options.tactic_dram_mib, options.optimization_level) == (700, 256, 1)
+        assert stage.engine.requested == ("--workspace", "700")
+
+
 def test_a_failed_build_leaves_nothing(bundle: Bundle, board: Callable[..., None], tmp_path: Path) -> None:
     board(fail_build="Error Code 10: no implementation")
     with pytest.raises(EngineError, match="the engine was not built: Error Code 10"):
@@ -174,6 +198,17 @@ def test_a_bundle_for_onnx_runtime_is_refused_with_the_command(change: Any, tmp_
     assert "stage llm: the graph has operators of com.microsoft" in str(refused.value)
     assert "bridgeport quantize" in str(refused.value)
     assert "--target tensorrt" in str(refused.value)
+
+
+def test_an_option_that_this_tensorrt_lacks_is_refused_before_preflight(
+    bundle: Bundle, board: Callable[..., None], tmp_path: Path
+) -> None:
+    board()
+    seen: list[BuildEvent] = []
+    options = BuildOptions(hardware_compatibility="SAME_COMPUTE_CAPABILITY")
+    with pytest.raises(InputError, match=r"'SAME_COMPUTE_CAPABILITY' needs TensorRT 10\.9; TensorRT 10\.3"):
+        build_bundle(bundle.path, tmp_path / "engines", options=options, progress=seen.append)
+    assert seen == []
 
 
 def test_without_tensorrt(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

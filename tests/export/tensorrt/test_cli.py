@@ -109,12 +109,15 @@ def test_inspect_reads_a_bundle_only_with_the_signature_of_the_key(
         (["build", "BUNDLE", "-o", "x", "--hardware-compatibility", "all"], "accepted are NONE, AMPERE_PLUS, SAME_"),
         (["build", "BUNDLE", "-o", "x", "--timing-cache", "y", "--no-timing-cache"], "exclude each other"),
         (["build", "BUNDLE", "--emit", "make"], "--emit 'make' is unknown; accepted are trtexec, polygraphy"),
+        (["build", "BUNDLE", "--emit", "trtexec", "--sign", "x", "--json"], "builds nothing; leave --sign, --json out"),
+        (["build", "BUNDLE", "--emit", "trtexec", "-o", "BUNDLE/manifest.json", "--force"], "never changed; name a pl"),
+        (["pack", "BUNDLE", "-o", "BUNDLE/x.tar.gz"], "x.tar.gz lies in the bundle"),
         (["build", "/nowhere", "-o", "x"], "/nowhere does not exist"),
         (["pack", "BUNDLE", "-o", "x.zip"], "x.zip does not end in .tar.gz"),
-        (["pack", "BUNDLE", "-o", "BUNDLE/manifest.json/x.tar.gz"], "File exists); name another place"),
+        (["pack", "BUNDLE", "-o", "BUNDLE/../bundle/manifest.json/x.tar.gz"], "x.tar.gz lies in the bundle"),
         (["pack", "BUNDLE", "-o", "x" * 300 + ".tar.gz"], "File name too long); name another place"),
         (["build", "BUNDLE", "-o", "x" * 300], "File name too long); name another place"),
-        (["build", "BUNDLE", "--emit", "trtexec", "-o", "BUNDLE/manifest.json/x"], "File exists); name another place"),
+        (["build", "BUNDLE", "--emit", "trtexec", "-o", "/dev/null/x"], "File exists); name another place"),
     ],
 )
 def test_bad_usage(words: list[str], said: str, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,13 +16,16 @@ from tests.export.tensorrt.bundles import write_bundle
 from tests.export.tensorrt.libcuda import compile_libcuda
 from tests.tensorrt.conformance import Checker
 from tests.tensorrt.double import install_double
+from tests.tensorrt.engines import write_engines
 
 from bridgeport.bundle import Bundle
 from bridgeport.engine_record import BuildOptions
 from bridgeport.errors import InputError, OutputError, UnsupportedError
 from bridgeport.export.tensorrt import board
 from bridgeport.export.tensorrt.board import Problem, compare
+from bridgeport.export.tensorrt.devices import check_precisions
 from bridgeport.export.tensorrt.pack import pack_bundle, write_archive
+from bridgeport.runtime.tensorrt.api import load_api
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,11 @@ def unpacked(archive: Path, tmp_path: Path) -> Path:
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path, filter="data")
     return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def test_the_same_bundle_gives_the_same_bytes(archive: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -84,6 +94,57 @@ def test_the_board_builds_and_passes(
     built = len(double.of("Builder.build_serialized_network"))
     assert board.run(unpacked, ["llm"], build_only=False, cuda_library=library) is True
     assert len(double.of("Builder.build_serialized_network")) == built == 4  # the engine is used again
+
+
+def test_an_engine_that_was_not_built_here_is_never_loaded(
+    unpacked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have come with the archive, where SHA256SUMS does not know it, or be of another TensorRT."""
+    double = install_double(monkeypatch, "10.3")
+    library = compile_libcuda(unpacked.parent)
+    plan = unpacked / "engines" / "connector.plan"
+    plan.parent.mkdir()
+    plan.write_bytes(b"code of somebody else")
+    assert board.run(unpacked, ["connector"], build_only=False, cuda_library=library) is True
+    assert "connector.plan was not built here of these files by this TensorRT" in capsys.readouterr().out
+    assert plan.read_bytes() != b"code of somebody else"
+    assert len(double.of("Builder.build_serialized_network")) == 1
+    double = install_double(monkeypatch, "11.4")
+    assert board.run(unpacked, ["connector"], build_only=False, cuda_library=library) is True
+    assert len(double.of("Builder.build_serialized_network")) == 1
+
+
+def test_a_module_that_was_added_to_the_archive_is_not_imported(unpacked: Path) -> None:
+    """The script as it is started: its own folder is no place to look for modules."""
+    for name in ("numpy", "argparse"):
+        (unpacked / f"{name}.py").write_text("raise SystemExit('code of somebody else ran')\n")
+    words = [sys.executable, "build_and_check.py", "--help"]
+    ran = subprocess.run(words, cwd=unpacked, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "check them against recorded outputs" in ran.stdout
+
+
+def test_engines_of_a_bundle_stay_behind(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run on the machine of their build alone; what is packed is a bundle of graphs."""
+    install_double(monkeypatch, "10.3")
+    built = write_engines(bundle, tmp_path / "engines", load_api(), profiles=["batch=1,1,2"])
+    assert list(built.path.rglob("*.plan"))
+    with tarfile.open(pack_bundle(built.path, tmp_path / "model.tar.gz", "orin-nano")) as opened:
+        assert not [name for name in opened.getnames() if name.endswith(".plan")]
+        opened.extractall(tmp_path, filter="data")
+    packed = Bundle.load(tmp_path / "model" / "bundle").manifest
+    assert {(stage.format, stage.engine) for stage in packed.stages} == {("onnx", None)}
+    assert packed.stage("encoder").contract.axis("batch").max == 2
+
+
+def test_a_precision_that_the_device_lacks(bundle: Bundle, tmp_path: Path) -> None:
+    stages = tuple(
+        stage.model_copy(update={"precision": "fp8"} if stage.contract.name == "encoder" else {})
+        for stage in bundle.manifest.stages
+    )
+    with pytest.raises(UnsupportedError, match=r"--device orin-nano, stage encoder: FP8 needs compute capability 8\.9"):
+        check_precisions(bundle.manifest.model_copy(update={"stages": stages}), "orin-nano")
+    check_precisions(bundle.manifest.model_copy(update={"stages": stages}), "l4")
 
 
 def test_a_wrong_engine_fails(
@@ -139,8 +200,8 @@ def test_the_script_is_for_python_3_10_and_needs_nothing_else(unpacked: Path) ->
     imported |= {
         node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
     }
-    allowed = {"__future__", "argparse", "ctypes", "hashlib", "json", "sys", "pathlib", "typing", "numpy", "tensorrt"}
-    assert imported <= allowed
+    allowed = {"__future__", "argparse", "ctypes", "hashlib", "json", "os", "sys", "pathlib", "typing"}
+    assert imported <= allowed | {"numpy", "tensorrt"}
 
 
 def test_the_script_uses_only_what_each_tensorrt_has() -> None:

@@ -94,6 +94,14 @@ def test_a_signed_archive_and_openssl(bundle: Bundle, keys: dict[str, Path], tmp
     assert subprocess.run([*command, *files], check=False, capture_output=True).returncode != 0
 
 
+def test_the_signature_of_a_packed_bundle_goes_along(bundle: Bundle, keys: dict[str, Path], tmp_path: Path) -> None:
+    sign_bundle(bundle.path, keys["private"])
+    pack_bundle(bundle.path, tmp_path / "model.tar.gz")
+    with tarfile.open(tmp_path / "model.tar.gz") as opened:
+        opened.extractall(tmp_path, filter="data")
+    assert verify_bundle(tmp_path / "model" / "bundle", keys["public"]).manifest == bundle.manifest
+
+
 def test_bad_keys(keys: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no key")
     for file, said in (
