@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._version import __version__
-from ..bundle import Bundle, output_errors, staged_directory
+from ..bundle import Bundle, check_output, output_errors, staged_directory
 from ..errors import EngineError, InputError, OutputError, UnsupportedError
 from .backends import EngineOptions, load_engines
 from .engine import Arrays, Call, Engine
@@ -163,6 +164,26 @@ def check_request(form: str, dtype: str, model: str = "") -> tuple[Format, Float
     return forms[form], types[dtype]
 
 
+def check_target(out: str | Path, form: Format, *, force: bool = False, protect: Sequence[Path] = ()) -> Path:
+    """`out`, absolute. OutputError for a place that `write_prompt` would refuse, before anything is computed.
+
+    `protect`: bundle and pictures that are read; `out` may neither replace one nor lie in it.
+    """
+    target = Path(out).absolute()
+    for kept in protect:
+        if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(kept)):
+            raise OutputError(f"{target} would change {kept}, which is read; name another place")
+    if form == "tensorrt-llm":
+        check_output(target, force=force, protect=tuple(protect))
+        return target
+    with output_errors(target):
+        if target.is_dir():
+            raise OutputError(f"{target} is a directory; name a file")
+        if target.exists() and not force:
+            raise OutputError(f"{target} exists; name another file, or replace it with --force")
+    return target
+
+
 def write_prompt(
     embeddings: PromptEmbeddings,
     out: str | Path,
@@ -172,21 +193,22 @@ def write_prompt(
     model: str = "",
     max_tokens: int = 64,
     force: bool = False,
+    protect: Sequence[Path] = (),
 ) -> Path:
     """Write the prompt to `out`: a file for vLLM, a directory for TensorRT-LLM.
 
-    `model`: the name under which vLLM serves it, for "vllm-request". Raises InputError for an unknown form or type,
-    OutputError when `out` exists (without `force`) or cannot be written.
+    `model`: the name under which vLLM serves it, for "vllm-request". `protect`: as in `check_target`. Raises InputError
+    for an unknown form or type, OutputError when `out` exists (without `force`) or cannot be written.
     """
     form, dtype = check_request(form, dtype, model)
-    target = Path(out).absolute()
+    target = check_target(out, form, force=force, protect=protect)
     if form == "tensorrt-llm":
         _write_tables(embeddings, target, dtype, force)
     elif form == "vllm":
-        _write_file(target, vllm_tensor(embeddings, dtype), force)
+        _write_file(target, vllm_tensor(embeddings, dtype))
     else:
         body = json.dumps(vllm_request(embeddings, model, dtype, max_tokens)) + "\n"
-        _write_file(target, body.encode(), force)
+        _write_file(target, body.encode())
     return target
 
 
@@ -214,13 +236,9 @@ def _write_tables(embeddings: PromptEmbeddings, target: Path, dtype: FloatType, 
         (staging / "prompt.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
-def _write_file(target: Path, data: bytes, force: bool) -> None:
+def _write_file(target: Path, data: bytes) -> None:
     partial = target.with_name(f".{target.name}.partial")
     with output_errors(target):
-        if target.is_dir():
-            raise OutputError(f"{target} is a directory; name a file")
-        if target.exists() and not force:
-            raise OutputError(f"{target} exists; name another file, or replace it with --force")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(data)

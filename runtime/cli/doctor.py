@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ...errors import BridgeportError
+
 # What each ability needs, by distribution name.
 _ABILITIES = {
     "run bundles (CPU)": ("numpy", "pillow", "tokenizers", "onnxruntime"),
@@ -20,8 +22,15 @@ _ABILITIES = {
         "onnx-graphsurgeon", "safetensors",
     ),
     "check parity": ("torch", "transformers", "onnx", "onnxruntime"),
+    "build and run TensorRT engines": ("numpy", "pillow", "tokenizers", "tensorrt", "cuda-python"),
 }  # fmt: skip
-_EXTRA = {"run bundles (CPU)": "cpu", "run bundles (CUDA)": "gpu", "export checkpoints": "export,cpu"}
+_EXTRA = {
+    "run bundles (CPU)": "cpu",
+    "run bundles (CUDA)": "gpu",
+    "export checkpoints": "export,cpu",
+    "build and run TensorRT engines": "gpu",
+}
+_NEED_GPU = ("run bundles (CUDA)", "build and run TensorRT engines")
 _SHOWN = (
     "onnxruntime",
     "onnxruntime-gpu",
@@ -30,6 +39,7 @@ _SHOWN = (
     "transformers",
     "onnx",
     "tensorrt",
+    "cuda-python",
     "numpy",
 )
 
@@ -46,16 +56,19 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """The facts as plain data: `machine`, `libraries` (None when absent), `providers`, `abilities`."""
+    """The facts as plain data: `machine`, `gpu`, `libraries` (None when absent), `providers`, `abilities`."""
     libraries = {name: _version(name) for names in (*_ABILITIES.values(), _SHOWN) for name in names}
-    abilities = {}
+    libraries["cuda-python"] = libraries["cuda-python"] or _version("cuda-bindings")  # the part of it that is used
+    device, abilities = gpu(libraries["tensorrt"]), {}
     for ability, needs in _ABILITIES.items():
         missing = [name for name in needs if libraries[name] is None]
         if ability == "run bundles (CPU)" and libraries["onnxruntime-gpu"]:
             missing = [name for name in missing if name != "onnxruntime"]
-        abilities[ability] = {"works": not missing, "missing": missing}
+        why = device.get("why", "") if ability in _NEED_GPU else ""
+        abilities[ability] = {"works": not missing and not why, "missing": missing} | ({"why": why} if why else {})
     return {
         "machine": machine(),
+        "gpu": device,
         "libraries": libraries,
         "providers": _providers(),
         "abilities": abilities,
@@ -87,6 +100,19 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(int(memory.split()[0]) / 2**20, 1) if memory else None,
         "python": platform.python_version(),
     }
+
+
+def gpu(tensorrt: str | None) -> dict[str, Any]:
+    """The first GPU as its driver tells it, or `why` none can be used. `tensorrt`: the version that it is for."""
+    from ..tensorrt.machine import cuda_of_wheel, find_machine
+    from ..tensorrt.versions import OLDEST
+
+    try:
+        found = find_machine(tensorrt or OLDEST, cuda_major=cuda_of_wheel())
+    except BridgeportError as error:
+        return {"why": str(error).removesuffix("; see `bridgeport doctor`")}
+    facts = found.model_dump(include={"gpu", "compute_capability", "cuda", "driver", "jetpack"})
+    return {**facts, "memory_gib": round(found.memory / 2**30, 1)}
 
 
 def _proc_fields(path: Path) -> dict[str, str]:
@@ -124,15 +150,25 @@ def _print(report: dict[str, Any]) -> None:
     console.print(f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['architecture']}")
     console.print(f"instruction sets: {', '.join(facts['instruction_sets']) or 'none of interest'}")
     console.print(f"Python {facts['python']}; ONNX Runtime providers: {', '.join(report['providers']) or 'none'}")
+    console.print(_gpu_text(report["gpu"]))
     libraries = Table("library", "version")
     for name in _SHOWN:
         libraries.add_row(name, report["libraries"][name] or "[dim]not installed[/]")
     console.print(libraries)
     abilities = Table("this machine can", "", "what to do")
     for ability, state in report["abilities"].items():
-        extra = _EXTRA.get(ability, "export,cpu")
-        advice = (
-            "" if state["works"] else rf"pip install 'bridgeport\[{extra}]' (missing: {', '.join(state['missing'])})"
-        )
+        extra, advice = _EXTRA.get(ability, "export,cpu"), state.get("why", "")
+        if state["missing"]:
+            advice = rf"pip install 'bridgeport\[{extra}]' (missing: {', '.join(state['missing'])})"
         abilities.add_row(ability, "[green]yes[/]" if state["works"] else "[red]no[/]", advice)
     console.print(abilities)
+
+
+def _gpu_text(facts: dict[str, Any]) -> str:
+    if "why" in facts:
+        return f"GPU: none that can be used; {facts['why']}"
+    driver, jetpack = facts["driver"] or "unknown", f", JetPack {facts['jetpack']}" if facts["jetpack"] else ""
+    return (
+        f"GPU: {facts['gpu']}, SM {facts['compute_capability']}, {facts['memory_gib']} GiB, driver {driver}, "
+        f"CUDA {facts['cuda']}{jetpack}"
+    )

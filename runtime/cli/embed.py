@@ -35,15 +35,16 @@ def embed(
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Run the stages before the language model and write the prompt for vLLM or TensorRT-LLM."""
-    from ..handover import check_request, embed_prompt, load_embedder, write_prompt
+    from ..handover import check_request, check_target, embed_prompt, load_embedder, write_prompt
 
     form_checked, dtype_checked = check_request(form, dtype, model)
+    read = (bundle, *(image or []))
+    check_target(out, form_checked, force=force, protect=read)
     pictures: list[Any] = list(image or [])
     with load_embedder(bundle, device=device, threads=threads) as pipeline:
         embeddings = embed_prompt(pipeline, pictures or None, prompt, interleave=interleave)
-    target = write_prompt(
-        embeddings, out, form_checked, dtype=dtype_checked, model=model, max_tokens=max_tokens, force=force
-    )
+    written: Any = {"dtype": dtype_checked, "model": model, "max_tokens": max_tokens, "force": force, "protect": read}
+    target = write_prompt(embeddings, out, form_checked, **written)
     tokens, width = embeddings.inputs_embeds.shape
     features = len(embeddings.image_positions)
     typer.echo(f"wrote {target}: {tokens} tokens of {width}, {features} of them from pictures", err=True)

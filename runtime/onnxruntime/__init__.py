@@ -28,6 +28,8 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
 
         memory = shared_device(device)
     engines: dict[str, Engine] = {}
+    if memory is not None:
+        memory.open()  # while they are made: what is left of a failure is freed too
     try:
         for name in names:
             engines[name] = _load_engine(bundle, name, options, memory)
@@ -35,6 +37,9 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
         for engine in engines.values():
             engine.close()
         raise
+    finally:
+        if memory is not None:
+            memory.close()
     return engines
 
 

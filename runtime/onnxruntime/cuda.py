@@ -1,11 +1,13 @@
 """Stages on ONNX Runtime's CUDA provider whose tensors stay on the GPU from stage to stage.
 
-All sessions compute on one stream, which is also that of the copies between them, so nothing waits but what the host
-reads. With graphs, what runs again at the same shapes and over the same cache is captured once and replayed.
+All sessions compute on one stream, which is also that of the copies between them. ONNX Runtime waits for it at the end
+of each run, and is left to: nodes that it puts on the CPU have memory that the next run may take. With graphs, what
+runs again at the same shapes and over the same cache is captured once and replayed.
 """
 
 from __future__ import annotations
 
+import logging
 from itertools import count
 from typing import Any
 
@@ -21,6 +23,8 @@ from ..tensorrt.memory import load_cuda
 from .loader import Device, first_line, import_onnxruntime
 from .runner import OnnxRuntimeEngine
 
+logger = logging.getLogger(__name__)
+
 # ONNX Runtime keeps a captured graph as long as its session.
 MOST_GRAPHS = 8
 _NO_GRAPH = -1  # onnxruntime_run_options_config_keys.h: no capture and no replay in this run; 0 is reserved
@@ -30,13 +34,15 @@ Key = tuple[tuple[str, tuple[int, ...], int], ...]
 
 def shared_device(device: Device) -> SharedDevice | None:
     """The memory and stream that all sessions of a bundle share. None on the CPU, on a GPU that is not the first one,
-    and without cuda-python: tensors then pass through host memory.
+    and without cuda-python: tensors then pass through host memory. None too where CUDA does not start, since the
+    session says better what is missing.
     """
     if device.type != "cuda" or device.index != 0:
         return None
     try:
         return SharedDevice(load_cuda())
-    except DependencyError:
+    except (DependencyError, EngineError) as error:
+        logger.info("tensors pass through host memory: %s", error)
         return None
 
 
@@ -154,8 +160,7 @@ class CudaEngine(OnnxRuntimeEngine):
         self._shared.close()
 
     def _bind(self, inputs: Arrays, outputs: Arrays, cache: KvCache | None) -> Call:
-        if self._session is None:
-            raise EngineError(f"{self.contract.name}: the engine is closed; load the bundle again")
+        self._check_open()
         bound = _Bound(self._session, self._shared, (self._device.type, self._device.index))
         for name, array in inputs.items():
             bound.bind(name, array, output=False)
@@ -185,7 +190,12 @@ class CudaEngine(OnnxRuntimeEngine):
             self._graphs[bound.key] = bound
         return self._graphs.get(bound.key, bound)
 
+    def _check_open(self) -> None:
+        if self._session is None:
+            raise EngineError(f"{self.contract.name}: the engine is closed; load the bundle again")
+
     def _run(self, bound: _Bound, inputs: Arrays, outputs: Arrays) -> None:
+        self._check_open()
         options = None
         if self._graphs is not None:
             options = import_onnxruntime().RunOptions()

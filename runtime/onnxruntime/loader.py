@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Fusions of ONNX Runtime whose operators take longer on the CPU than the nodes that they replace (1.31, two cores,
 # ViT-L/14): 28.6 ms for BiasGelu against 14.0 for Add and Gelu, 2.6 ms for SkipLayerNormalization against 1.4.
 SLOW_FUSIONS = ("BiasGeluFusion", "SkipLayerNormFusion")
+
+_NOT_LOADED = "Failed to load "  # what `onnxruntime.preload_dlls` prints in front of a library
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def load_session(
             f"device {device.type!r} needs {provider}, but onnxruntime {ort.__version__} here has only "
             f"{', '.join(ort.get_available_providers())}; install onnxruntime-gpu or use the device cpu"
         )
+    missing = preload_libraries() if device.type != "cpu" else ()
     options = _session_options(ort, device, threads, repeated=repeated)
     if fp8:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -82,11 +88,16 @@ def load_session(
             advice = f"see `bridgeport doctor` for what {provider} lacks, use the device cpu, or {advice}"
         raise EngineError(f"{file} does not load: {first_line(error)}; {advice}") from error
     if session.get_providers()[0] != provider:
-        raise DependencyError(
-            f"device {device.type!r}: {provider} did not start (a CUDA or cuDNN library is missing or too "
-            "old); see `bridgeport doctor`, or use the device cpu"
-        )
+        raise DependencyError(_not_started(device, provider, missing))
     return session
+
+
+def _not_started(device: Device, provider: str, missing: tuple[str, ...]) -> str:
+    why = f"missing: {', '.join(missing)}" if missing else "a CUDA or cuDNN library is missing or too old"
+    return (
+        f"device {device.type!r}: {provider} did not start ({why}); install them (`pip install "
+        "'onnxruntime-gpu[cuda,cudnn]'`), see `bridgeport doctor`, or use the device cpu"
+    )
 
 
 def _session_options(ort: Any, device: Device, threads: int | None, *, repeated: bool) -> Any:
@@ -103,6 +114,20 @@ def _session_options(ort: Any, device: Device, threads: int | None, *, repeated:
     if device.type == "cpu":
         options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(SLOW_FUSIONS))
     return options
+
+
+@cache
+def preload_libraries() -> tuple[str, ...]:
+    """Load CUDA and cuDNN from NVIDIA's wheels, where ONNX Runtime looks only when it is asked to.
+
+    Names of the libraries that are not there. It prints them, on the stdout that may be for JSON.
+    """
+    said = io.StringIO()
+    with redirect_stdout(said):
+        import_onnxruntime().preload_dlls()
+    lines = [line for line in said.getvalue().splitlines() if line.startswith(_NOT_LOADED)]
+    names = [Path(line.removeprefix(_NOT_LOADED).partition(":")[0]).name for line in lines]
+    return tuple(dict.fromkeys(names))
 
 
 def import_onnxruntime() -> Any:

@@ -61,7 +61,7 @@ def load_engine(bundle: Bundle, stage: str, options: EngineOptions) -> Engine:
     record, graph = bundle.manifest.stage(stage), bundle.graph(stage)
     cache = cache_directory(bundle, stage, version)
     cache.mkdir(parents=True, exist_ok=True)
-    settings = provider_options(record.contract, device, cache, quantized=record.precision == "int8")
+    settings = provider_options(record.contract, device, cache, precision=record.precision)
     session = load_session(graph, device, threads=options.threads, providers=[(PROVIDER, settings), *device.providers])
     return OnnxRuntimeEngine(record.contract, session, device)
 
@@ -73,26 +73,32 @@ def why_not(bundle: Bundle, stage: str) -> str | None:
     if stage == "embed_tokens":
         return "it only looks rows up"
     record = bundle.manifest.stage(stage)
-    if record.precision not in ("fp32", "fp16") and bundle.manifest.target != "tensorrt":
+    if record.precision in ("fp32", "fp16"):
+        return None
+    if bundle.manifest.target != "tensorrt":
         return f"its {record.precision} is made for {bundle.manifest.target}; quantise it for tensorrt"
+    if record.precision != "int8":
+        return f"its {record.precision} needs a strongly typed network, which the engine tensorrt builds"
     return None
 
 
 def provider_options(
-    contract: StageContract, device: Device, cache: Path, *, quantized: bool = False, workspace: int = WORKSPACE
+    contract: StageContract, device: Device, cache: Path, *, precision: str = "fp32", workspace: int = WORKSPACE
 ) -> dict[str, str]:
     """The provider's options for a stage: one optimization profile from the contract's axes, and the cache.
 
-    No precision is asked for, since it is in the graph. `quantized`: the graph has Q/DQ pairs, which TensorRT 10 takes
-    in a weakly typed network only with its INT8 flag; nothing else becomes INT8, there being no calibration table.
+    `precision`: the stage's. The provider's networks are weakly typed, and TensorRT 10 refuses one that holds FP16 or
+    INT8 without the flag for it (NVIDIA/TensorRT issue 3277: "fp16 is not configured in the builder"); what is INT8 for
+    TensorRT is FP16 elsewhere. The FP16 flag lets it compute FP32 parts in FP16 too. The INT8 flag makes nothing else
+    INT8, there being no calibration table.
     Names and format of the profile are those in onnxruntime-gpu 1.31's library.
     """
     options = {
         "device_id": str(device.index),
         "trt_max_workspace_size": str(workspace),
-        "trt_fp16_enable": "False",
+        "trt_fp16_enable": str(precision != "fp32"),
         "trt_bf16_enable": "False",
-        "trt_int8_enable": str(quantized),
+        "trt_int8_enable": str(precision == "int8"),
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(cache),
         "trt_timing_cache_enable": "True",
@@ -143,9 +149,11 @@ def check_tensorrt(home: Path | None = None) -> str:
         )
     wanted = linked_version(library)
     found = load_library(f"libnvinfer.so.{wanted}")
-    if found is None:
+    # The provider needs the parser too, which in a wheel is no more on the loader's path than the other.
+    if found is None or load_library(f"libnvonnxparser.so.{wanted}") is None:
         others = [f"libnvinfer.so.{major}" for major in _VERSIONS if major != wanted]
         here = next((name for name in others if load_library(name) is not None), "no TensorRT")
+        here = here if found is None else f"libnvinfer.so.{wanted} without its ONNX parser"
         raise DependencyError(
             f"onnxruntime {ort.__version__} is linked against libnvinfer.so.{wanted}, found is {here}; install "
             f"TensorRT {wanted}.x beside it (`pip install 'tensorrt-cu13=={wanted}.*'`), or use the engine "

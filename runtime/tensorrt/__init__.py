@@ -8,7 +8,6 @@ from ...errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
-    from ...engine_record import MachineRecord
     from ..backends import EngineOptions
     from ..engine import Engine
     from .api import Api
@@ -27,7 +26,7 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
     stages were compared with this machine.
     """
     from .api import load_api
-    from .loader import check_machine, find_local_machine
+    from .loader import check_machine, find_local_machine, try_plan
     from .memory import load_cuda
 
     _check_device(options.device)
@@ -35,15 +34,19 @@ def load_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
     machine = find_local_machine(api)  # before a runtime is made
     for stage in bundle.manifest.stages:
         check_machine(bundle, stage, machine)
-    return _load_all(bundle, api, machine, load_cuda())
+    cuda = load_cuda()
+    for stage in bundle.manifest.stages:
+        try_plan(bundle, stage, machine)
+    return _load_all(bundle, api, cuda)
 
 
-def _load_all(bundle: Bundle, api: Api, machine: MachineRecord, cuda: Cuda) -> dict[str, Engine]:
+def _load_all(bundle: Bundle, api: Api, cuda: Cuda) -> dict[str, Engine]:
     from .device import Device
     from .loader import load_plan
 
-    loaded = {stage.contract.name: load_plan(bundle, stage, api, machine) for stage in bundle.manifest.stages}
+    loaded = {stage.contract.name: load_plan(bundle, stage, api) for stage in bundle.manifest.stages}
     device = Device(cuda)
+    device.open()  # while they are made: what is left of a failure is freed too
     engines: dict[str, Engine] = {}
     try:
         # The largest first: every later context fits in its block.
@@ -54,6 +57,8 @@ def _load_all(bundle: Bundle, api: Api, machine: MachineRecord, cuda: Cuda) -> d
         for engine in engines.values():
             engine.close()
         raise
+    finally:
+        device.close()
     return engines
 
 

@@ -59,7 +59,11 @@ def load_api(log: MessageLog | None = None) -> Api:
         raise DependencyError(f"TensorRT's Python module is not installed; {_HOW}") from error
     except (ImportError, OSError) as error:  # found, but a library of it is not
         raise DependencyError(f"TensorRT's Python module does not load ({error}); {_HOW}") from error
-    version = Version.parse(module.__version__)
+    told = getattr(module, "__version__", None)
+    if told is None:  # a folder of this name, from which Python makes an empty module
+        places = ", ".join(getattr(module, "__path__", [])) or str(getattr(module, "__file__", "it"))
+        raise DependencyError(f"the module `tensorrt` that Python finds ({places}) is not NVIDIA's; {_HOW}")
+    version = Version.parse(told)
     if version < Version.parse(OLDEST):
         raise DependencyError(f"TensorRT {version} is installed, {OLDEST} or newer is needed; {_HOW}")
     return Api(module, version, log)

@@ -217,7 +217,7 @@ class BuildApi(BaseApi):
         for name, (low, best, high) in shapes.items():
             try:
                 profile.set_shape(name, low, best, high)
-            except ValueError as error:
+            except (RuntimeError, ValueError) as error:  # the first is raised, the second documented
                 detail = f"min {list(low)}, opt {list(best)}, max {list(high)}"
                 why = f"{detail}: {error}"
                 raise self._failed_because(f"profile of {name}", why, "min <= opt <= max on each axis") from error

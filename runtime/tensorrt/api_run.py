@@ -160,8 +160,11 @@ class RunApi(BaseApi):
     def set_profile(self, context: trt.IExecutionContext, profile: int, stream: int) -> None:
         """Switch to a profile on `stream`: first of all, since it forgets the input shapes."""
         self.log.errors.clear()
-        done = context.set_optimization_profile_async(profile, stream)
-        self._check(done, f"profile {profile} was not chosen", "use one that the engine has and no other context uses")
+        what, fix = f"profile {profile} was not chosen", "use one that the engine has and no other context uses"
+        try:
+            self._check(context.set_optimization_profile_async(profile, stream), what, fix)
+        except RuntimeError as error:  # the binding raises here, where the others give False
+            raise self._failed(what, fix) from error
 
     def active_profile(self, context: trt.IExecutionContext) -> int:
         """Index of the profile that is chosen, -1 for none."""
@@ -174,8 +177,16 @@ class RunApi(BaseApi):
         self._check(done, f"{name} of shape {list(shape)} is refused", "use a shape inside the profile")
 
     def infer_shapes(self, context: trt.IExecutionContext) -> list[str]:
-        """Names of the inputs that lack a shape or a value; empty when output shapes are known."""
-        return list(context.infer_shapes())
+        """Names of the inputs that lack a shape or a value; empty when output shapes are known.
+
+        EngineError when no shapes of the network fit those of the inputs.
+        """
+        self.log.errors.clear()
+        try:
+            return list(context.infer_shapes())
+        except RuntimeError as error:  # "infer_shapes error code: -1"
+            fix = "the shapes of the inputs contradict each other: give those of one batch and sequence"
+            raise self._failed("output shapes are not known", fix) from error
 
     def tensor_shape(self, context: trt.IExecutionContext, name: str) -> Shape:
         """The shape at the input shapes set now; -1 for an axis that depends on data."""

@@ -66,7 +66,7 @@ class ConcatenatedTensorRtEngine(TensorRtEngine):
         return cache
 
     def _bind(self, inputs: Arrays, outputs: Arrays, cache: KvCache | None) -> Call:
-        context = self._open_context()
+        self._check_open()
         self._check_device(inputs)
         self._check_device(outputs)
         if not isinstance(cache, DeviceCache):
@@ -84,7 +84,7 @@ class ConcatenatedTensorRtEngine(TensorRtEngine):
                 )
             extra: Tensors = {name: (shape, at) for name, shape, at in cache.tensors(len(mask), tokens)}
             with self._device.lock:
-                self._run(context, {**inputs, "attention_mask": places}, outputs, extra)
+                self._run({**inputs, "attention_mask": places}, outputs, extra)
             cache.places.held = places
             cache.blocks.swap()
 

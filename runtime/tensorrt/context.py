@@ -64,7 +64,7 @@ class _State:
     profile: int = -1
     shapes: dict[str, Shape] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
-    outputs_known: bool = False
+    outputs: dict[str, Shape] | None = None  # those that were expected when the engine's were looked at
 
 
 class Context:
@@ -104,14 +104,23 @@ class Context:
         """Names of the inputs."""
         return [name for name, info in self.tensors.items() if info.mode == "input"]
 
-    def enqueue(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """Run with inputs of `shapes`; every tensor is at its address, which is on the device (or where it says).
+    def prepare(self, tensors: Mapping[str, tuple[Shape, int]]) -> None:
+        """Set what the next run needs: `tensors` has the shape and address of every input and output.
 
-        EngineError for a shape outside of every profile, and for what TensorRT refuses.
+        An address is on the device, or on the host for a tensor that is there. EngineError for a shape outside of every
+        profile, for outputs that come to another shape than the one expected, and for what TensorRT refuses.
         """
+        shapes = {name: tensors[name][0] for name in self.inputs}
         self._choose_profile(shapes)
         self._set_shapes(shapes)
-        self._set_addresses(addresses)
+        self._set_addresses({name: address for name, (_, address) in tensors.items()})
+        outputs = {name: shape for name, (shape, _) in tensors.items() if name not in shapes}
+        if self._state.outputs != outputs or self._host_inputs():  # whose values may change the outputs' shapes
+            self._check_outputs(outputs)
+            self._state.outputs = outputs
+
+    def enqueue(self) -> None:
+        """Put the run on the stream, as it was prepared."""
         self.graph.run(self._execute, capturable=not self._dynamic and not self._host_inputs())
 
     def dynamic_output(self, name: str) -> Output | None:
@@ -150,7 +159,7 @@ class Context:
         for name, shape in shapes.items():
             if -1 in self.tensors[name].shape and self._state.shapes.get(name) != shape:
                 self.graph.drop()
-                self._state.outputs_known = False
+                self._state.outputs = None
                 self._api.set_input_shape(self._context, name, shape)
                 self._state.shapes[name] = shape
 
@@ -160,18 +169,25 @@ class Context:
                 self.graph.drop()
                 self._api.set_address(self._context, name, address)
                 self._state.addresses[name] = address
-        if not self._state.outputs_known:
-            self._find_dynamic_outputs()
-            self._state.outputs_known = True
 
-    def _find_dynamic_outputs(self) -> None:
-        """Give an allocator to each output whose size is not known before it is computed."""
+    def _check_outputs(self, expected: Mapping[str, Shape]) -> None:
+        """What the engine will write is what there is room for; an output of unknown size gets an allocator."""
         if lacking := self._api.infer_shapes(self._context):
             raise EngineError(f"{self._stage}: no shape is known for {', '.join(lacking)}; build the bundle again")
-        for name in (name for name, info in self.tensors.items() if info.mode == "output"):
-            if name not in self._dynamic and -1 in self._api.tensor_shape(self._context, name):
-                self._dynamic[name] = Output(self._device)
-                self._kept.append(self._api.set_output_memory(self._context, name, self._dynamic[name]))
+        for name, shape in expected.items():
+            found = self._api.tensor_shape(self._context, name)
+            if -1 in found:
+                self._allocate_dynamic(name)
+            elif found != shape:
+                raise EngineError(
+                    f"{self._stage}: {name} comes to {list(found)} in the engine and to {list(shape)} in the manifest; "
+                    "build the bundle again"
+                )
+
+    def _allocate_dynamic(self, name: str) -> None:
+        if name not in self._dynamic:
+            self._dynamic[name] = Output(self._device)
+            self._kept.append(self._api.set_output_memory(self._context, name, self._dynamic[name]))
 
     def _host_inputs(self) -> bool:
         """Values of shape tensors are read at the enqueue, so a graph would keep old ones."""

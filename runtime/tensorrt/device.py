@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 
 from ...errors import EngineError
 from .memory import Cuda
+
+logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 256  # what cudaMalloc gives; sizes are rounded up to it, and no block is empty
 
@@ -32,28 +36,40 @@ class Device:
     """One stream for all engines of a bundle, so that what they enqueue runs in the order of their calls.
 
     Memory that is given back is handed out again without a wait: whoever writes to it next does so on the same stream,
-    later. `lock` is held for a call: contexts and staging buffers serve one at a time.
+    later. `lock` is held for a call: contexts and staging buffers serve one at a time. Whatever else goes on the stream
+    takes it too, since a copy that comes while a call is captured would become a part of its graph.
     """
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
-        self.stream = cuda.create_stream()
+        self._stream = cuda.create_stream()
         self.lock = threading.RLock()
         self._spare: dict[int, list[int]] = {}
         self._activations: Block | None = None
         self._users = 0
         self._closed = False
 
+    @property
+    def stream(self) -> int:
+        """Its handle. EngineError once all engines are closed: CUDA does not check a handle that is gone."""
+        if self._closed:
+            raise EngineError("the pipeline of this array or call is closed; copy arrays with np.asarray before that")
+        return self._stream
+
     def block(self, size: int) -> Block:
         """At least `size` bytes, with whatever was in them. EngineError when the device's memory is used up."""
         rounded = max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT
-        spare = self._spare.get(rounded)
-        return Block(self, spare.pop() if spare else self._allocate(rounded), rounded)
+        try:
+            address = self._spare[rounded].pop()
+        except (KeyError, IndexError):
+            address = self._allocate(rounded)
+        return Block(self, address, rounded)
 
     def recycle(self, address: int, size: int) -> None:
         """Keep the memory of a block that is gone for the next one of its size."""
         if self._closed:
-            self.cuda.free(address)
+            with on_closing():
+                self.cuda.free(address)
         else:
             self._spare.setdefault(size, []).append(address)
 
@@ -65,7 +81,8 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for the stream. EngineError with what went wrong on it."""
-        self.cuda.synchronize(self.stream)
+        with self.lock:
+            self.cuda.synchronize(self.stream)
 
     def open(self) -> None:
         """One more engine computes here."""
@@ -76,25 +93,28 @@ class Device:
         self._users -= 1
         if self._users > 0 or self._closed:
             return
-        self._free_spare()
+        with self.lock, on_closing():
+            self._free_spare()
         self._closed, self._activations = True, None
-        self.cuda.destroy_stream(self.stream)
+        with on_closing():
+            self.cuda.destroy_stream(self._stream)
 
     def _allocate(self, size: int) -> int:
-        try:
-            return self.cuda.allocate(size)
-        except EngineError:
-            if not any(self._spare.values()):
-                raise
-            self._free_spare()  # blocks of other sizes may make room
-            return self.cuda.allocate(size)
+        with self.lock:  # no allocation while a call is captured
+            try:
+                return self.cuda.allocate(size)
+            except EngineError:
+                if not any(self._spare.values()):
+                    raise
+                self._free_spare()  # blocks of other sizes may make room
+                return self.cuda.allocate(size)
 
     def _free_spare(self) -> None:
         self.synchronize()
-        for addresses in self._spare.values():
+        spare, self._spare = self._spare, {}
+        for addresses in spare.values():
             for address in addresses:
                 self.cuda.free(address)
-        self._spare.clear()
 
     # Arrays
 
@@ -111,17 +131,19 @@ class Device:
             return DeviceArray(first.block, first.offset, shape, first.dtype)
         whole = self.empty((sum(len(array) for array in arrays), *first.shape[1:]), str(first.dtype))
         at = whole.address
-        for array in arrays:
-            self.cuda.copy(at, array.address, array.nbytes, "DeviceToDevice", self.stream)
-            at += array.nbytes
+        with self.lock:
+            for array in arrays:
+                self.cuda.copy(at, array.address, array.nbytes, "DeviceToDevice", self.stream)
+                at += array.nbytes
         return whole
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """A copy of a host array; waits until it is there."""
         host = np.ascontiguousarray(array)
         target = self.empty(host.shape, str(host.dtype))
-        self.cuda.copy(target.address, host.ctypes.data, host.nbytes, "HostToDevice", self.stream)
-        self.synchronize()
+        with self.lock:
+            self.cuda.copy(target.address, host.ctypes.data, host.nbytes, "HostToDevice", self.stream)
+            self.synchronize()
         return target
 
     def take(self, source: DeviceArray, rows: NDArray[np.int64]) -> DeviceArray:
@@ -133,9 +155,17 @@ class Device:
         return target
 
     def put(self, target: DeviceArray, rows: NDArray[np.int64], source: DeviceArray | NDArray[Any]) -> None:
-        """`target[rows] = source`; a source on the host is copied first."""
-        if isinstance(source, np.ndarray):
-            source = self.upload(source)
+        """`target[rows] = source`; a source on the host, or one of another type, is copied first.
+
+        EngineError when its rows have another shape than those of `target`.
+        """
+        if source.shape[1:] != target.shape[1:]:
+            raise EngineError(
+                f"rows of shape {list(source.shape[1:])} came for an array with rows of {list(target.shape[1:])}; the "
+                "stages of this bundle do not fit, export it again"
+            )
+        if isinstance(source, np.ndarray) or source.dtype != target.dtype:
+            source = self.upload(np.asarray(source).astype(target.dtype, copy=False))
         self._copy_rows(target, rows, source, np.arange(len(source)))
 
     def _copy_rows(
@@ -146,10 +176,11 @@ class Device:
             return
         jumps = np.flatnonzero((np.diff(target_rows) != 1) | (np.diff(source_rows) != 1)) + 1
         row = source.nbytes // max(1, len(source))
-        for start, end in zip([0, *jumps], [*jumps, len(target_rows)], strict=True):
-            to = target.address + int(target_rows[start]) * row
-            come = source.address + int(source_rows[start]) * row
-            self.cuda.copy(to, come, int(end - start) * row, "DeviceToDevice", self.stream)
+        with self.lock:
+            for start, end in zip([0, *jumps], [*jumps, len(target_rows)], strict=True):
+                to = target.address + int(target_rows[start]) * row
+                come = source.address + int(source_rows[start]) * row
+                self.cuda.copy(to, come, int(end - start) * row, "DeviceToDevice", self.stream)
 
 
 @dataclass(frozen=True)
@@ -248,6 +279,15 @@ class Staging:
         if address:
             self._device.synchronize()  # a copy from it may still be on its way
             self._device.cuda.free_pinned(address)
+
+
+@contextmanager
+def on_closing() -> Iterator[None]:
+    """What cannot be freed, since the device failed, ends with the process: the failure itself was told before."""
+    try:
+        yield
+    except EngineError as error:
+        logger.warning("not freed: %s", error)
 
 
 def _count(shape: Sequence[int]) -> int:

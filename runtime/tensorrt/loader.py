@@ -63,18 +63,39 @@ def check_machine(bundle: Bundle, stage: StageRecord, machine: MachineRecord) ->
         raise EngineError(f"{bundle.path}: {stage.contract.name}: {found[0].as_text()}{more}")
 
 
-def load_plan(bundle: Bundle, stage: StageRecord, api: Api, machine: MachineRecord) -> LoadedEngine:
-    """The engine of a stage that `check_machine` let pass.
+def try_plan(bundle: Bundle, stage: StageRecord, machine: MachineRecord) -> None:
+    """Load the plan of a stage that `check_machine` let pass in a child process, unless one did so on this machine.
+
+    Raises as `load_plan`. Try all stages before the first is loaded here: on a Jetson the child's plan and engine lie
+    in the memory that this process needs too.
+    """
+    record = engine_record(bundle, stage)
+    expected, host_code = _sha256_of(bundle, record), _needs_host_code(record)
+    key = "\n".join((expected, str(host_code), machine.model_dump_json()))
+    marker = trial_directory() / hashlib.sha256(key.encode()).hexdigest()
+    if marker.is_file():
+        return
+    _read_plan(bundle, record)  # its hash; the bytes are not kept
+    said = _run_trial([str(bundle.file(record.file)), expected, "host-code" if host_code else "plain"])
+    if said is not None:
+        raise EngineError(
+            f"{bundle.path}: the engine of {stage.contract.name} does not load: {said}; build it again: "
+            f"{record.rebuild_command(str(bundle.path))}"
+        )
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+
+
+def load_plan(bundle: Bundle, stage: StageRecord, api: Api) -> LoadedEngine:
+    """The engine of a stage that `check_machine` and `try_plan` let pass.
 
     Raises BundleIntegrityError when the plan is not the file that the bundle was verified with, EngineError when it
     does not load.
     """
     record = engine_record(bundle, stage)
-    plan = _read_plan(bundle, record)
-    host_code = record.options.version_compatible and "EXCLUDE_LEAN_RUNTIME" not in record.flags
-    _try_plan(bundle, stage, machine, host_code=host_code)
-    runtime = api.create_runtime(engine_host_code_allowed=host_code)
-    engine = api.deserialize(runtime, plan)
+    runtime = api.create_runtime(engine_host_code_allowed=_needs_host_code(record))
+    engine = api.deserialize(runtime, _read_plan(bundle, record))
     if record.options.strip:
         api.refit(engine, bundle.graph(stage.contract.name))
     if record.options.weight_streaming:
@@ -100,35 +121,26 @@ def _read_plan(bundle: Bundle, record: EngineRecord) -> bytes:
     return plan
 
 
-def _try_plan(bundle: Bundle, stage: StageRecord, machine: MachineRecord, *, host_code: bool) -> None:
-    """EngineError unless a child process can load the plan. One that it could is not tried again on this machine."""
-    record = engine_record(bundle, stage)
-    expected = _sha256_of(bundle, record)
-    key = "\n".join((expected, str(host_code), machine.model_dump_json()))
-    marker = trial_directory() / hashlib.sha256(key.encode()).hexdigest()
-    if marker.is_file():
-        return
-    said = _run_trial([str(bundle.file(record.file)), expected, "host-code" if host_code else "plain"])
-    if said is not None:
-        raise EngineError(
-            f"{bundle.path}: the engine of {stage.contract.name} does not load: {said}; build it again: "
-            f"{record.rebuild_command(str(bundle.path))}"
-        )
-    with suppress(OSError):  # a cache that cannot be written costs time alone
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
+def _needs_host_code(record: EngineRecord) -> bool:
+    """Whether the plan carries a lean runtime, which TensorRT runs only when it is allowed to."""
+    return record.options.version_compatible and "EXCLUDE_LEAN_RUNTIME" not in record.flags
 
 
 def _run_trial(arguments: list[str]) -> str | None:
     """None when the child loaded the plan, else how it ended."""
     command = [sys.executable, "-m", "bridgeport.runtime.tensorrt.trial", *arguments]
+    # Modules of the working directory are not this process's either (from Python 3.11 on).
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    text: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TRIAL_SECONDS, check=False)
+        done = subprocess.run(command, timeout=_TRIAL_SECONDS, check=False, env=environment, **text)
     except subprocess.TimeoutExpired:
         return f"a process that tried it was not done after {_TRIAL_SECONDS:.0f} seconds"
-    if done.returncode == 0 and done.stdout.strip().endswith(ANSWER):
+    if done.returncode == 0 and ANSWER in done.stdout.splitlines():
         return None
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode == -signal.SIGKILL:
+        return "a process that tried it was killed (the machine's memory is used up: end others, or narrow --profile)"
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         return f"a process that tried it was ended by {name} (the plan is damaged, or the driver is)"

@@ -27,7 +27,7 @@ class Cuda:
         """Address of `size` bytes on the device, aligned to 256. EngineError says how much is free when it fails."""
         status, address = self._cudart.cudaMalloc(size)
         if self._name(status) == "cudaErrorMemoryAllocation":
-            self._cudart.cudaGetLastError()  # this one does not stick: take it off, or a later call reports it
+            self._forget_error()
             free, total = self.memory()
             raise EngineError(
                 f"the device has no {size / 2**20:,.1f} MiB left ({free / 2**20:,.0f} of {total / 2**20:,.0f} MiB are "
@@ -110,7 +110,7 @@ class Cuda:
         status, graph = self._cudart.cudaStreamEndCapture(stream)
         if int(status) == 0 and int(graph) != 0:
             self._call("cudaGraphDestroy", graph)
-        self._cudart.cudaGetLastError()
+        self._forget_error()
 
     def launch_graph(self, graph: int, stream: int) -> None:
         """Enqueue a graph."""
@@ -122,13 +122,21 @@ class Cuda:
 
     def _call(self, function: str, *arguments: Any) -> Any:
         """The one result beside the status, None where there is none."""
-        status, *results = getattr(self._cudart, function)(*arguments)
+        try:
+            status, *results = getattr(self._cudart, function)(*arguments)
+        except RuntimeError as error:  # `cuda.cudart` without a driver: "Failed to dlopen libcuda.so.1"
+            raise EngineError(f"CUDA: {function} failed ({error}); see `bridgeport doctor`") from error
         self._check(status, function)
         return results[0] if results else None
 
     def _check(self, status: Any, function: str) -> None:
         if int(status) != 0:
+            self._forget_error()
             raise EngineError(f"CUDA: {function} failed with {self._name(status)}; see `bridgeport doctor`")
+
+    def _forget_error(self) -> None:
+        """TensorRT asks for the last error behind its kernels, and would report this one as theirs."""
+        self._cudart.cudaGetLastError()
 
     def _name(self, status: Any) -> str:
         _, name = self._cudart.cudaGetErrorName(status)

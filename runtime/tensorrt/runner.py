@@ -13,12 +13,14 @@ from ..engine import Arrays, Call, Engine
 from ..kv_cache import KvCache
 from .api import Api
 from .context import Context
-from .device import Device, DeviceArray, Staging
+from .device import Device, DeviceArray, Staging, on_closing
 from .latency import Latency, Stopwatch
 from .loader import LoadedEngine
 
 # Input or output -> its shape and address.
 Tensors = dict[str, tuple[tuple[int, ...], int]]
+# Target, source and bytes of a copy to the device.
+Copy = tuple[int, int, int]
 
 
 class TensorRtEngine(Engine):
@@ -62,12 +64,15 @@ class TensorRtEngine(Engine):
         if self._context is None:
             return
         with self._device.lock:
-            self._device.synchronize()
-            self.time_runs(False)
-            self._context.close()
-            self._context = self._loaded = None
+            context, self._context = self._context, None
+            with on_closing():
+                self._device.synchronize()
+                self.time_runs(False)
+            context.close()
+            self._loaded = None
             for staging in self._staging.values():
-                staging.close()
+                with on_closing():
+                    staging.close()
             self._staging.clear()
             self._device.close()
 
@@ -85,13 +90,13 @@ class TensorRtEngine(Engine):
         return runs
 
     def _bind(self, inputs: Arrays, outputs: Arrays, cache: KvCache | None) -> Call:
-        context = self._open_context()
+        self._check_open()
         self._check_device(inputs)
         self._check_device(outputs)
 
         def call(_keep: object = (inputs, outputs)) -> None:
             with self._device.lock:
-                self._run(context, inputs, outputs)
+                self._run(inputs, outputs)
 
         return call
 
@@ -102,76 +107,84 @@ class TensorRtEngine(Engine):
                     f"{self.contract.name}: {name} is an array of another pipeline's device; pass np.asarray of it"
                 )
 
-    def _open_context(self) -> Context:
+    def _check_open(self) -> Context:
         if self._context is None:
             raise EngineError(f"{self.contract.name}: the engine is closed; load the bundle again")
         return self._context
 
-    def _run(self, context: Context, inputs: Arrays, outputs: Arrays, extra: Tensors | None = None) -> None:
+    def _run(self, inputs: Arrays, outputs: Arrays, extra: Tensors | None = None) -> None:
         """`extra`: further inputs and outputs, on the device."""
-        watch = self._stopwatch
+        context, watch = self._check_open(), self._stopwatch
+        tensors, copies = self._stage(context, inputs)
+        tensors |= {**(extra or {}), **{name: self._place(name, array) for name, array in outputs.items()}}
+        context.prepare(tensors)
+        # From here to the last mark the host enqueues and does nothing else: its time would count as the device's.
         if watch is not None:
             watch.mark(0)
-        tensors = {**self._upload(context, inputs), **(extra or {})}
-        tensors |= {name: self._place(name, array) for name, array in outputs.items()}
+        for target, source, size in copies:
+            self._device.cuda.copy(target, source, size, "HostToDevice", self._device.stream)
         if watch is not None:
             watch.mark(1)
-        shapes = {name: tensors[name][0] for name in context.inputs}
-        context.enqueue(shapes, {name: address for name, (_, address) in tensors.items()})
+        context.enqueue()
         if watch is not None:
             watch.mark(2)
-        self._download(context, outputs)
+        pinned = self._download(context, outputs)
         if watch is not None:
             watch.mark(3)
+        if pinned or watch is not None:
             self._device.synchronize()
+            self._uploading = False
+        for name, array in pinned.items():
+            outputs[name][...] = array
+        if watch is not None:
             watch.read()
 
-    def _upload(self, context: Context, inputs: Arrays) -> Tensors:
-        """Enqueue the copies of host arrays; where every input is."""
+    def _stage(self, context: Context, inputs: Arrays) -> tuple[Tensors, list[Copy]]:
+        """Where every input is, and the copies that bring those of the host there from page-locked memory."""
         if self._uploading:
             self._device.synchronize()
         found: Tensors = {}
+        copies: list[Copy] = []
         for name, array in inputs.items():
-            if isinstance(array, DeviceArray):
+            on_host = context.tensors[name].location == "host"
+            if isinstance(array, DeviceArray) and not on_host:
                 found[name] = (array.shape, array.address)
                 continue
             staging = self._staging_of(name)
             pinned = staging.host_array(array.shape, array.dtype)
             pinned[...] = array
-            if context.tensors[name].location == "host":
+            self._uploading = True  # also for a tensor in host memory, which the run itself reads
+            if on_host:
                 found[name] = (array.shape, pinned.ctypes.data)
                 continue
             address = staging.device_address(array.nbytes)
-            self._device.cuda.copy(address, pinned.ctypes.data, array.nbytes, "HostToDevice", self._device.stream)
             found[name] = (array.shape, address)
-            self._uploading = True
-        return found
+            copies.append((address, pinned.ctypes.data, array.nbytes))
+        return found, copies
 
     def _place(self, name: str, array: NDArray[Any]) -> tuple[tuple[int, ...], int]:
-        """Where the device writes an output."""
+        """Where the device writes an output; page-locked memory for its way to the host is there then too."""
         if isinstance(array, DeviceArray):
             return array.shape, array.address
-        return array.shape, self._staging_of(name).device_address(array.nbytes)
+        staging = self._staging_of(name)
+        staging.host_array(array.shape, array.dtype)
+        return array.shape, staging.device_address(array.nbytes)
 
-    def _download(self, context: Context, outputs: Arrays) -> None:
-        """Copy what goes to host arrays, and wait for it."""
+    def _download(self, context: Context, outputs: Arrays) -> Arrays:
+        """Enqueue the copies of what does not lie where it is wanted. Page-locked memory of those for the host."""
         if any(context.dynamic_output(name) for name in outputs):
             self._device.synchronize()  # their shapes are known then
-        wanted = {name: array for name, array in outputs.items() if not isinstance(array, DeviceArray)}
-        pinned = {}
+        pinned: dict[str, NDArray[Any]] = {}
         for name, array in outputs.items():
-            source = self._source(context, name, array)
-            if name in wanted:
+            source, way = self._source(context, name, array), "DeviceToDevice"
+            if isinstance(array, DeviceArray):
+                target = array.address
+            else:
                 pinned[name] = self._staging_of(name).host_array(array.shape, array.dtype)
                 target, way = pinned[name].ctypes.data, "DeviceToHost"
+            if target != source:
                 self._device.cuda.copy(target, source, array.nbytes, way, self._device.stream)
-            elif source != array.address:  # type: ignore[attr-defined]
-                self._device.cuda.copy(array.address, source, array.nbytes, "DeviceToDevice", self._device.stream)  # type: ignore[attr-defined]
-        if pinned:
-            self._device.synchronize()
-            self._uploading = False
-        for name, array in pinned.items():
-            wanted[name][...] = array
+        return pinned
 
     def _source(self, context: Context, name: str, array: NDArray[Any]) -> int:
         """Where an output is. EngineError when its size depends on data and came to another shape."""

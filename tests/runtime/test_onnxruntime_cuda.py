@@ -19,7 +19,7 @@ from tests.runtime.generation import pictures
 from tests.tensorrt.cuda_double import CudaDouble, install_cuda_double
 
 from bridgeport.bundle import Bundle
-from bridgeport.errors import EngineError
+from bridgeport.errors import DependencyError, EngineError
 from bridgeport.runtime import Pipeline
 from bridgeport.runtime import onnxruntime as backend
 from bridgeport.runtime.backends import EngineOptions, load_engines
@@ -189,6 +189,35 @@ def test_a_session_that_cannot_be_captured_says_what_to_do(bundle: Bundle, monke
         )
 
 
+def test_what_was_made_is_given_back_when_a_stage_does_not_load(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = install_cuda_double(monkeypatch)
+
+    def refuse(file: Path, *_: Any, **__: Any) -> Any:
+        raise DependencyError("CUDAExecutionProvider did not start")
+
+    monkeypatch.setattr(backend, "load_session", refuse)
+    with pytest.raises(DependencyError, match="did not start"):
+        load(bundle)
+    assert state.calls.count("cudaStreamCreateWithFlags") == 1
+    assert state.left() == {}
+
+
+def test_a_call_of_a_closed_engine(bundle: Bundle, sessions: dict[str, SessionDouble]) -> None:
+    with load(bundle) as pipeline:
+        engine = pipeline.engines["encoder"]
+        spec = engine.contract.outputs[0]
+        shape = tuple(2 if isinstance(dim, str) else dim for dim in spec.shape)
+        pixels = np.zeros((2, 3, 28, 28), np.float32)
+        call = engine.bind({"pixel_values": pixels}, {spec.name: np.zeros(shape, np.float32)})
+    state = sessions["encoder"]._state
+    state.calls.clear()
+    with pytest.raises(EngineError, match="encoder: the engine is closed"):
+        call()
+    assert state.calls == []
+
+
 def test_memory_is_given_back(
     bundle: Bundle, sessions: dict[str, SessionDouble], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +237,20 @@ def test_memory_is_given_back(
 def test_where_tensors_pass_through_the_host(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install_cuda_double(monkeypatch)
     assert cuda_path.shared_device(Device.parse(device)) is None
+
+
+def test_where_cuda_does_not_start(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """cuda-python is there and no driver: the session says what is missing, and how to get it."""
+    install_cuda_double(monkeypatch, broken=True)
+    assert cuda_path.shared_device(Device("cuda")) is None
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")  # what cuda-python 12.3 does
+
+    monkeypatch.setattr(sys.modules["cuda.bindings.runtime"], "cudaStreamCreateWithFlags", refuse)
+    with caplog.at_level("INFO"):
+        assert cuda_path.shared_device(Device("cuda")) is None
+    assert "CUDA: cudaStreamCreateWithFlags failed (Failed to dlopen libcuda.so.1)" in caplog.text
 
 
 def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:

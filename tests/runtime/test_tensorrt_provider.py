@@ -48,8 +48,14 @@ def test_options_are_those_of_the_library(bundle: Bundle, tmp_path: Path) -> Non
     assert set(options) <= KNOWN
     assert options["device_id"] == "1"
     assert options["trt_engine_cache_path"] == str(tmp_path)
-    assert {options[f"trt_{kind}_enable"] for kind in ("fp16", "bf16", "int8")} == {"False"}
-    assert provider.provider_options(contract, Device("cuda"), tmp_path, quantized=True)["trt_int8_enable"] == "True"
+
+
+@pytest.mark.parametrize(("precision", "flags"), [("fp32", []), ("fp16", ["fp16"]), ("int8", ["fp16", "int8"])])
+def test_flags_are_those_that_the_graph_needs(precision: str, flags: list[str], bundle: Bundle, tmp_path: Path) -> None:
+    """A weakly typed network with FP16 in it is refused without the flag; an INT8 stage is FP16 elsewhere."""
+    contract = bundle.manifest.stage("encoder").contract
+    options = provider.provider_options(contract, Device("cuda"), tmp_path, precision=precision)
+    assert [kind for kind in ("fp16", "bf16", "int8") if options[f"trt_{kind}_enable"] == "True"] == flags
 
 
 def test_the_profile_is_the_contract(bundle: Bundle, tmp_path: Path) -> None:
@@ -78,8 +84,15 @@ def test_a_library_of_onnxruntime_gpu_takes_these_options(bundle: Bundle, tmp_pa
 def test_which_stages_it_takes(bundle: Bundle) -> None:
     taken = [s.contract.name for s in bundle.manifest.stages if provider.why_not(bundle, s.contract.name) is None]
     assert taken == ["encoder", "connector"]
-    stages = tuple(stage.model_copy(update={"precision": "int8"}) for stage in bundle.manifest.stages)
-    for target, reason in (("cpu", "its int8 is made for cpu; quantise it for tensorrt"), ("tensorrt", None)):
+    typed = "its fp8 needs a strongly typed network, which the engine tensorrt builds"
+    for precision, target, reason in (
+        ("int8", "cpu", "its int8 is made for cpu; quantise it for tensorrt"),
+        ("int8", "tensorrt", None),
+        ("fp16", "cuda", None),
+        ("fp8", "tensorrt", typed),
+        ("int4", "tensorrt", typed.replace("fp8", "int4")),
+    ):
+        stages = tuple(stage.model_copy(update={"precision": precision}) for stage in bundle.manifest.stages)
         manifest = bundle.manifest.model_copy(update={"stages": stages, "target": target})
         assert provider.why_not(Bundle(bundle.path, manifest), "encoder") == reason
 
@@ -111,7 +124,8 @@ def fake_onnxruntime(monkeypatch: pytest.MonkeyPatch, home: Path, *, linked: byt
 
 
 def test_the_library_that_is_wanted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_onnxruntime(monkeypatch, tmp_path, linked=b"libnvinfer.so.10", found={"libnvinfer.so.10": 101600})
+    both = {"libnvinfer.so.10": 101600, "libnvonnxparser.so.10": 101600}
+    fake_onnxruntime(monkeypatch, tmp_path, linked=b"libnvinfer.so.10", found=both)
     assert provider.check_tensorrt() == "101600"
 
 
@@ -120,6 +134,7 @@ def test_the_library_that_is_wanted(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     [
         ({"libnvinfer.so.11": 110400}, "is linked against libnvinfer.so.10, found is libnvinfer.so.11; install"),
         ({}, "is linked against libnvinfer.so.10, found is no TensorRT; install TensorRT 10.x beside it"),
+        ({"libnvinfer.so.10": 101600}, "found is libnvinfer.so.10 without its ONNX parser; install TensorRT 10.x"),
     ],
 )
 def test_another_library_than_the_wanted(

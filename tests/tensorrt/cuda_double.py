@@ -31,6 +31,7 @@ class CudaError(enum.IntEnum):
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorNotReady = 600
+    cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
 
@@ -51,10 +52,14 @@ OK = CudaError.cudaSuccess
 
 @dataclass
 class CudaDouble:
-    """The state behind the module. `calls`: names in their order. `limit`: bytes of the device."""
+    """The state behind the module. `calls`: names in their order. `limit`: bytes of the device. `broken`: every call
+    fails from now on, as on a device after an illegal access. `last`: what `cudaGetLastError` would tell.
+    """
 
     limit: int = 1 << 30
     refuse_capture: bool = False
+    broken: bool = False
+    last: CudaError = OK
     calls: list[str] = field(default_factory=list)
     copies: list[tuple[str, int]] = field(default_factory=list)
     device: dict[int, Any] = field(default_factory=dict)
@@ -129,7 +134,11 @@ def install_cuda_double(monkeypatch: pytest.MonkeyPatch, double: Any = None, **k
 def _recorded(state: CudaDouble, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         state.calls.append(name)
-        return function(*arguments)
+        asks = name in ("cudaGetErrorName", "cudaGetLastError")
+        results = (CudaError.cudaErrorIllegalAddress, None) if state.broken and not asks else function(*arguments)
+        if results[0] != OK:
+            state.last = results[0]
+        return results
 
     return call
 
@@ -256,6 +265,7 @@ class Functions:
         return OK, CudaError(error).name.encode()
 
     def cudaGetLastError(self: Any) -> Any:
+        self.last = OK
         return (OK,)
 
 

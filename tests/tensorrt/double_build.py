@@ -201,7 +201,7 @@ class IOptimizationProfile:
         low, best, high = (tuple(int(size) for size in shape) for shape in (min, opt, max))
         ordered = len(low) == len(best) == len(high)
         if not ordered or not all(0 <= a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
-            raise ValueError("Shape provided for opt or max is inconsistent with other shapes.")
+            raise RuntimeError("Shape provided for opt or max is inconsistent with other shapes.")
         self._shapes[input] = (low, best, high)
 
     def get_shape(self: Any, input: str) -> list[Any]:  # noqa: A002

@@ -95,3 +95,12 @@ def inputs_of(model: Any) -> list[Any]:
 def shape_of(value: Any) -> tuple[int, ...]:
     """-1 for an axis without a fixed size."""
     return tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim)
+
+
+def named_dims(io: Any, shapes: Any) -> list[tuple[str, str, int]]:
+    """(input, name of an axis, its size) of the shapes that are set."""
+    found = []
+    for name, shape in shapes.items():
+        dims = io[name].type.tensor_type.shape.dim
+        found += [(name, dim.dim_param, size) for dim, size in zip(dims, shape, strict=True) if dim.dim_param]
+    return found

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from tests.tensorrt.double_build import DTYPES, make, member, say
-from tests.tensorrt.double_plan import Plan, inputs_of, shape_of, strip_weights, weights_size
+from tests.tensorrt.double_plan import Plan, inputs_of, named_dims, shape_of, strip_weights, weights_size
 
 DATA_DEPENDENT = ("NonZero", "NonMaxSuppression", "Unique", "Compress")
 
@@ -227,7 +227,9 @@ class IExecutionContext:
 
     def set_optimization_profile_async(self: Any, profile_index: int, stream_handle: int) -> bool:
         if not 0 <= profile_index < self._engine.num_optimization_profiles:
-            return bool(self._refuse(f"setOptimizationProfileAsync: Error Code 3: {profile_index} is no profile"))
+            self._refuse(f"setOptimizationProfileAsync: Error Code 3: {profile_index} is no profile")
+            # pyCore.cpp: this one and infer_shapes raise, where the others give False.
+            raise RuntimeError("Error in set optimization profile async.")
         self.__dict__["_profile"] = int(profile_index)
         self._shapes.clear()
         return True
@@ -248,6 +250,11 @@ class IExecutionContext:
         return True
 
     def infer_shapes(self: Any) -> list[str]:
+        sizes: dict[str, int] = {}
+        for name, dim, size in named_dims(self._engine._io, self._shapes):
+            if sizes.setdefault(dim, size) != size:
+                self._refuse(f"inferShapes: Error Code 7: {name}: {dim} is {size}, and {sizes[dim]} elsewhere")
+                raise RuntimeError("infer_shapes error code: -1")
         return [
             name for name in self._engine._inputs() if -1 in shape_of(self._engine._io[name]) and not self._set(name)
         ]
@@ -350,11 +357,7 @@ class IExecutionContext:
         return dict(known[key])
 
     def _by_names(self: Any) -> dict[str, tuple[int, ...]] | None:
-        sizes: dict[str, int] = {}
-        for name, shape in self._shapes.items():
-            for dim, size in zip(self._engine._io[name].type.tensor_type.shape.dim, shape, strict=True):
-                if dim.dim_param:
-                    sizes[dim.dim_param] = size
+        sizes = {dim: size for _, dim, size in named_dims(self._engine._io, self._shapes)}
         found: dict[str, tuple[int, ...]] = {}
         for value in self._engine._model.graph.output:
             dims = value.type.tensor_type.shape.dim

@@ -21,12 +21,12 @@ def write_small_model(folder: Path) -> Path:
     return write_model(folder / "model.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"], "product")])
 
 
-def write_model(path: Path, nodes: list[Any], rows: str = "batch") -> Path:
+def write_model(path: Path, nodes: list[Any], rows: str = "batch", columns: int = 2) -> Path:
     graph = helper.make_graph(
         nodes,
         "stage",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, columns])],
         [numpy_helper.from_array(WEIGHT, "w")],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 from tests.tensorrt.double import install_double
@@ -73,6 +74,24 @@ def test_what_is_missing_at_enqueue(monkeypatch: pytest.MonkeyPatch, model: Path
         api.set_address(context, "z", 1)
     with pytest.raises(EngineError, match="1 is no profile"):
         api.set_profile(context, 1, 7)
+
+
+def test_shapes_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each inside of its profile, and no output shape for the two: the binding raises RuntimeError there."""
+    shapes = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("x", "z", "y")}
+    node = helper.make_node("Add", ["x", "z"], ["y"])
+    graph = helper.make_graph([node], "sum", [shapes["x"], shapes["z"]], [shapes["y"]])
+    path = tmp_path / "sum.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    install_double(monkeypatch)
+    api = load_api()
+    profiles = ({"x": PROFILE["x"], "z": PROFILE["x"]},)
+    context = api.create_context(api.deserialize(api.create_runtime(), build(api, path, profiles=profiles)))
+    api.set_input_shape(context, "x", (2, 3))
+    assert api.infer_shapes(context) == ["z"]
+    api.set_input_shape(context, "z", (4, 3))
+    with pytest.raises(EngineError, match=r"output shapes are not known: .*z: batch is 4, and 2 elsewhere; the shapes"):
+        api.infer_shapes(context)
 
 
 def test_outputs_whose_size_depends_on_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,42 @@ def test_what_is_loaded_twice_is_tried_once(
     assert len(tried) == 12, "a cache that cannot be written costs time alone"
 
 
+def test_all_plans_are_tried_before_the_first_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, doubles: Doubles, engines: Bundle
+) -> None:
+    """On a Jetson child and parent share the memory: what the parent holds, the child lacks."""
+    loaded: list[int] = []
+
+    def count(_: list[str]) -> None:
+        loaded.append(len(doubles.tensorrt.of("Runtime.deserialize_cuda_engine")))
+
+    monkeypatch.setattr(loader, "_run_trial", count)
+    load(engines)
+    assert loaded == [0, 0, 0, 0]
+    assert len(doubles.tensorrt.of("Runtime.deserialize_cuda_engine")) == 4
+
+
+@pytest.mark.parametrize("limit", [256, 1024, 8192, 32768])
+def test_what_was_made_is_given_back_when_memory_ends(doubles: Doubles, engines: Bundle, limit: int) -> None:
+    doubles.cuda.limit = limit
+    try:
+        with pytest.raises(EngineError, match=r"the device has no .* MiB left"):
+            load(engines)
+    finally:
+        assert doubles.cuda.left() == {}
+
+
+def test_a_folder_that_is_called_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, doubles: Doubles, engines: Bundle, tmp_path: Path
+) -> None:
+    """Python takes any folder for a module; one of engines may stand in the working directory."""
+    (tmp_path / "place" / "tensorrt").mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    monkeypatch.syspath_prepend(tmp_path / "place")
+    with pytest.raises(DependencyError, match=r"Python finds \(.*place/tensorrt\) is not NVIDIA's; .*pip install"):
+        load(engines)
+
+
 def test_stripped_weights_come_from_the_graph(doubles: Doubles, tmp_path: Path) -> None:
     stripped = write_engines(write_bundle(tmp_path / "bundle"), tmp_path / "engines", doubles.api, strip=True)
     load(stripped)
@@ -187,6 +224,22 @@ def test_plans_in_a_child(monkeypatch: pytest.MonkeyPatch, doubles: Doubles, eng
     sha = next(one.sha256 for one in rehashed.manifest.files if one.path == "connector/model.plan")
     assert RUN_TRIAL([str(plan), sha, "plain"]) is None
     assert "was changed since" in str(RUN_TRIAL([str(plan), "0" * 64, "plain"]))
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("kill -9 $$", r"was killed \(the machine's memory is used up: end others, or narrow --profile\)"),
+        (r"printf 'driver \377 broken\n' >&2; exit 3", "driver \ufffd broken"),
+        ("exit 3", "ended with status 3"),
+    ],
+)
+def test_how_a_child_may_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, why: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert re.search(why, str(RUN_TRIAL(["plan"])))
 
 
 def test_a_child_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from onnx import helper
-from tests.tensorrt.cuda_double import COMPUTE_MS, COPY_MS
+from tests.tensorrt.cuda_double import COMPUTE_MS, COPY_MS, CudaError
 from tests.tensorrt.engines import Doubles, install_doubles, make_stage
 from tests.tensorrt.listing import VERSIONS
 from tests.tensorrt.small_model import LATER_PROFILE, PROFILE, WEIGHT, write_model, write_small_model
 
 from bridgeport.errors import EngineError
 from bridgeport.runtime.tensorrt.device import DeviceArray
-from bridgeport.runtime.tensorrt.latency import as_text, summarise
+from bridgeport.runtime.tensorrt.latency import Stopwatch, as_text, summarise
 
 PROFILES = (PROFILE, LATER_PROFILE)  # 1 to 4 rows, 5 to 8 rows
 
@@ -112,6 +114,7 @@ def test_no_graph_for_what_cannot_be_captured(
         for run in range(4):
             np.testing.assert_array_equal(engine.run({"x": rows(2, run)})["y"], rows(2, run) @ WEIGHT)
     assert doubles.cuda.calls.count("cudaStreamBeginCapture") == 1, "tried once"
+    assert doubles.cuda.last == CudaError.cudaSuccess, "TensorRT would take it for an error of its next kernel"
     assert "encoder runs without a CUDA graph: CUDA: cudaStreamEndCapture failed" in caplog.text
 
 
@@ -221,6 +224,113 @@ def test_a_closed_engine(doubles: Doubles, model: Path) -> None:
     engine.close()
     with pytest.raises(EngineError, match="encoder: the engine is closed"):
         engine.run({"x": rows(2)})
+
+
+def test_a_call_and_an_array_of_a_closed_engine(doubles: Doubles, model: Path) -> None:
+    """Its stream is gone, and CUDA would take the handle all the same."""
+    engine = make_stage(doubles.api, model, PROFILES)
+    left = engine.run({"x": rows(2)}, resident=True)["y"]
+    call = engine.bind({"x": rows(2)}, {"y": np.zeros((2, 2), np.float32)})
+    engine.close()
+    doubles.cuda.calls.clear()
+    with pytest.raises(EngineError, match="encoder: the engine is closed"):
+        call()
+    with pytest.raises(EngineError, match=r"is closed; copy arrays with np\.asarray before"):
+        np.asarray(left)
+    assert doubles.cuda.calls == []
+    del left
+    assert doubles.cuda.left() == {}
+
+
+def test_an_engine_whose_outputs_are_larger(doubles: Doubles, tmp_path: Path) -> None:
+    """A foreign plan with the right names: it would write beyond the memory that the manifest's shape has."""
+    wide = write_model(tmp_path / "wide.onnx", [helper.make_node("Concat", ["x", "x"], ["y"], axis=1)], columns=6)
+    with make_stage(doubles.api, wide, (PROFILE,)) as engine:
+        for _ in range(2):
+            with pytest.raises(EngineError, match=r"y comes to \[2, 6\] in the engine and to \[2, 2\] in the manifest"):
+                engine.run({"x": rows(2)})
+    assert doubles.tensorrt.of("IExecutionContext.execute_async_v3") == []
+
+
+def test_a_tensor_in_host_memory_waits_for_the_run_that_reads_it(doubles: Doubles, model: Path) -> None:
+    doubles.tensorrt.check_memory = None
+    with make_stage(doubles.api, model, PROFILES) as engine:
+        engine._context.tensors["x"] = replace(engine._context.tensors["x"], location="host")
+        found = [engine.run({"x": rows(2, scale)}, resident=True)["y"] for scale in (1, 2)]
+        held: Any = engine.memory.upload(rows(2, 3))
+        found.append(engine.run({"x": held}, resident=True)["y"])
+        for scale, one in enumerate(found, 1):
+            np.testing.assert_array_equal(np.asarray(one), rows(2, scale) @ WEIGHT)
+
+
+def test_a_device_that_failed_is_closed_without_a_second_error(
+    doubles: Doubles, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_stage(doubles.api, model, PROFILES)
+    engine.run({"x": rows(2)})
+    doubles.cuda.broken = True
+    with pytest.raises(EngineError, match="cudaMemcpyAsync failed with cudaErrorIllegalAddress"), engine:
+        engine.run({"x": rows(2)})
+    assert "not freed: CUDA: cudaStreamSynchronize failed" in caplog.text
+    with pytest.raises(EngineError, match="is closed"):
+        engine.run({"x": rows(2)})
+
+
+def test_nothing_is_enqueued_while_a_call_has_the_stream(doubles: Doubles, model: Path) -> None:
+    """A copy of another thread would be captured into the call's graph."""
+    with make_stage(doubles.api, model, PROFILES) as engine:
+        device: Any = engine.memory
+        held, target = device.upload(rows(2)), device.empty((4, 3), "float32")
+        doubles.cuda.calls.clear()
+
+        def work() -> None:
+            device.put(target, np.array([1, 2]), held)
+            np.testing.assert_array_equal(np.asarray(device.concatenate([held[1:], held[:1]])), rows(2)[::-1])
+            device.upload(rows(2))
+            device.synchronize()
+            done.append(True)
+
+        done: list[bool] = []
+        thread = threading.Thread(target=work)
+        with device.lock:
+            thread.start()
+            thread.join(0.1)
+            assert doubles.cuda.calls == []
+        thread.join(10)
+        assert done
+
+
+def test_rows_of_another_type_or_width(doubles: Doubles, model: Path) -> None:
+    with make_stage(doubles.api, model, PROFILES) as engine:
+        device: Any = engine.memory
+        target = device.upload(np.zeros((3, 2), np.float16))
+        device.put(target, np.array([2, 0]), device.upload(np.array([[1, 2], [3, 4]], np.float32)))
+        device.put(target, np.array([1]), np.array([[5, 6]], np.float64))
+        np.testing.assert_array_equal(np.asarray(target), np.array([[3, 4], [5, 6], [1, 2]], np.float16))
+        with pytest.raises(EngineError, match=r"rows of shape \[3\] came for an array with rows of \[2\]"):
+            device.put(target, np.array([1]), np.zeros((1, 3), np.float16))
+
+
+def test_only_the_device_works_between_the_marks(
+    doubles: Doubles, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host's time between two events counts too: copies to page-locked memory, shapes, waits."""
+    genuine = Stopwatch.mark
+    seen: list[str] = []
+
+    def mark(watch: Stopwatch, place: int) -> None:
+        seen.extend([*context_calls(doubles), *doubles.cuda.calls, str(place)])
+        genuine(watch, place)
+        doubles.cuda.calls.clear()
+
+    monkeypatch.setattr(Stopwatch, "mark", mark)
+    with make_stage(doubles.api, model, PROFILES) as engine:
+        engine.time_runs()
+        for count in (2, 4):
+            engine.run({"x": rows(count)})
+            run = seen[seen.index("0") :]
+            assert run == ["0", "cudaMemcpyAsync", "1", "execute_async_v3", "2", "cudaMemcpyAsync", "3"]
+            seen.clear()
 
 
 def test_latency_by_events(doubles: Doubles, model: Path) -> None:
