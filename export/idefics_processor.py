@@ -48,16 +48,16 @@ def freeze_flamingo(model: VisionLanguageModel) -> FlamingoContract:
     """How the language model reads pictures.
 
     Raises CheckpointError for a tokenizer that does not load, UnsupportedError for a connector that does not give the
-    checkpoint's number of latents.
+    checkpoint's number of latents and is not reduced.
     """
     contract = flamingo_contract(model.config, load_tokenizer(model.path).eos_token_id)
-    features = model.contracts["connector"].outputs[0].shape[1]
-    if features != contract.latents:
+    features = int(model.contracts["connector"].outputs[0].shape[1])
+    if features != contract.latents and model.layout.reduction is None:
         raise UnsupportedError(
             f"{model.path}: the connector gives {features} features for a picture, the checkpoint has "
-            f"{contract.latents} latents; Flamingo's cannot be reduced or replaced"
+            f"{contract.latents} latents; Flamingo's cannot be replaced"
         )
-    return contract
+    return contract.model_copy(update={"latents": features})
 
 
 def freeze_idefics(model: VisionLanguageModel, directory: Path, generation: GenerationContract) -> FrozenProcessor:

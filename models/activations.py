@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import InputError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def find_activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function called `name`; CheckpointError for one that is not in `ACTIVATIONS`."""
+    """The function called `name`; InputError for one that is not in `ACTIVATIONS`."""
     if name not in ACTIVATIONS:
-        raise CheckpointError(f"activation {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+        raise InputError(f"activation {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, InputError, UnsupportedError
 from .contract import KvCacheContract, StageContract
 from .families import FAMILIES, Family
 from .foreign import find, find_config
@@ -189,11 +189,28 @@ def _make_config(directory: Path, raw: dict[str, Any], family: Family) -> Any:
         config = family.config_type().from_dict(copy.deepcopy(raw))  # it writes into what it gets
     except Exception as error:
         # transformers validates with exceptions of several libraries; each means that the file is wrong.
+        _refuse_unknown_parts(directory, raw, family)
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= 200 else f"{reason[:197]}..."
         raise CheckpointError(f"{directory / CONFIG} is not a valid config ({reason}); correct it") from error
     _check_vision_tower(directory, raw, config)
     return config
+
+
+def _refuse_unknown_parts(directory: Path, raw: dict[str, Any], family: Family) -> None:
+    """UnsupportedError for a tower or language model that transformers has no class for, with what is supported here;
+    transformers' own message lists all that it has. Only of parts that the family's config leaves open."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from .language import TEXT_MODELS
+    from .vision_tower import VISION_TOWERS
+
+    parts = {"vision_config": ("the vision tower", VISION_TOWERS), "text_config": ("the language model", TEXT_MODELS)}
+    kinds = getattr(family.config_type(), "sub_configs", {})
+    for part, (what, supported) in parts.items():
+        named = raw[part].get("model_type") if isinstance(raw.get(part), dict) else None
+        if kinds.get(part) is AutoConfig and isinstance(named, str) and named not in CONFIG_MAPPING:
+            raise UnsupportedError(f"{directory / CONFIG}: {what} is a {named!r}; supported are {', '.join(supported)}")
 
 
 def _check_vision_tower(directory: Path, raw: dict[str, Any], config: Any) -> None:
@@ -223,9 +240,11 @@ def _lay_out(directory: Path, family: Family, architecture: str, config: Any, co
 
 @contextmanager
 def _blame_config(where: str = "") -> Iterator[None]:
-    """CheckpointError for values of config.json of which torch and transformers make no module."""
+    """CheckpointError for values of config.json of which torch and transformers make no module, or a part here."""
     try:
         yield
+    except InputError as error:
+        raise CheckpointError(f"{where}config.json: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

@@ -10,6 +10,9 @@ from pydantic import Field
 from .contract import Record
 from .seq2seq_contract import CrossCacheContract
 
+# The axis of the latents of all pictures of a prompt in turn.
+IMAGE_SEQUENCE = "image_sequence"
+
 
 class FlamingoContract(Record):
     """The stage `cross_kv` makes keys and values of a prompt's pictures; every step of `llm` reads them.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError
 from .contract import Axis, KvCacheContract, StageContract, TensorSpec
-from .flamingo_contract import FlamingoContract
+from .flamingo_contract import IMAGE_SEQUENCE, FlamingoContract
 from .language import batch_axis, float_spec, language_contracts
 from .perceiver import PerceiverConfig, PerceiverResampler, idefics_names
 from .seq2seq_contract import CrossCacheContract
@@ -292,11 +292,11 @@ def _contracts(config: Any, text: Any, perceiver: PerceiverConfig) -> dict[str, 
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
     image_embeds = float_spec("image_embeds", "batch", tokens, perceiver.width)
     cross = cross_cache(config)
-    shape = ("batch", cross.num_heads, "image_sequence", cross.head_size)
+    shape = ("batch", cross.num_heads, IMAGE_SEQUENCE, cross.head_size)
     key_values = tuple(float_spec(name, *shape) for name in cross.names())
     images = Axis(name="images", min=1, opt=1, max=MAX_IMAGES)
     latents = Axis(
-        name="image_sequence", min=perceiver.num_latents, opt=perceiver.num_latents,
+        name=IMAGE_SEQUENCE, min=perceiver.num_latents, opt=perceiver.num_latents,
         max=MAX_IMAGES * perceiver.num_latents,
     )  # fmt: skip
     language = language_contracts(text)
@@ -318,7 +318,7 @@ def _contracts(config: Any, text: Any, perceiver: PerceiverConfig) -> dict[str, 
         "embed_tokens": language["embed_tokens"],
         "cross_kv": StageContract(
             name="cross_kv",
-            inputs=(float_spec("image_features", "batch", "image_sequence", perceiver.width),),
+            inputs=(float_spec("image_features", "batch", IMAGE_SEQUENCE, perceiver.width),),
             outputs=key_values,
             axes=(batch_axis(), latents),
         ),

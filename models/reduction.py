@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
-from .contract import StageContract
+from .contract import Axis, StageContract
+from .flamingo_contract import IMAGE_SEQUENCE
 from .pooling import WindowPooling
 from .projector import LinearProjector, MlpProjector
 from .stages import Layout, Stage
@@ -79,7 +80,7 @@ def _unit(tokens: Tensor) -> Tensor:
     return tokens / lengths.clamp(min=_LEAST_NORM)
 
 
-class ReducedConnector(nn.Module):
+class _Reduced(nn.Module):
     """A connector and what reduces its output, in one graph. `vectors` (`Stage.vectors`) move up to this module."""
 
     def __init__(self, connector: nn.Module, reducer: nn.Module, vectors: tuple[str, ...] = ()) -> None:
@@ -89,10 +90,40 @@ class ReducedConnector(nn.Module):
             delattr(connector, name)
         self.connector, self.reducer = connector, reducer
 
+
+class ReducedConnector(_Reduced):
+    """Behind a connector that reads the picture alone."""
+
     def forward(self, image_embeds: Tensor) -> Tensor:
         """`image_embeds` `[B, N, Dv]` to `image_features` `[B, Q, D]`."""
         features: Tensor = self.reducer(self.connector(image_embeds))
         return features
+
+
+class ReducedMasked(_Reduced):
+    """Behind a connector that reads which pixels are picture (Idefics2)."""
+
+    def forward(self, image_embeds: Tensor, pixel_attention_mask: Tensor) -> Tensor:
+        """As the connector's own; `image_features` `[B, Q, D]`."""
+        features: Tensor = self.reducer(self.connector(image_embeds, pixel_attention_mask))
+        return features
+
+
+class ReducedInstructed(_Reduced):
+    """Behind a connector that reads the prompt too (InstructBLIP)."""
+
+    def forward(self, image_embeds: Tensor, qformer_input_ids: Tensor, qformer_attention_mask: Tensor) -> Tensor:
+        """As the connector's own; `image_features` `[B, Q, D]`."""
+        features: Tensor = self.reducer(self.connector(image_embeds, qformer_input_ids, qformer_attention_mask))
+        return features
+
+
+# By the names of the connector's inputs behind `image_embeds`; torch.export wants each by name.
+_REDUCED: dict[tuple[str, ...], type[_Reduced]] = {
+    (): ReducedConnector,
+    ("pixel_attention_mask",): ReducedMasked,
+    ("qformer_input_ids", "qformer_attention_mask"): ReducedInstructed,
+}
 
 
 def reduce_tokens(model: VisionLanguageModel, reduction: Reduction) -> VisionLanguageModel:
@@ -113,19 +144,31 @@ def reduce_layout(layout: Layout, reduction: Reduction) -> Layout:
         raise UnsupportedError(
             f"reduce-tokens {reduction}: a {layout.kind} gives no image tokens to a language model; leave it out"
         )
-    if layout.kind == "flamingo" or contract.inputs[0].shape[0] != "batch":
+    if contract.inputs[0].shape[0] != "batch":
         raise UnsupportedError(
-            f"reduce-tokens {reduction} is not built for a {layout.kind}: its features are "
-            f"{'read by cross-attention' if layout.kind == 'flamingo' else 'no fixed number per tile'}; leave it out"
+            f"reduce-tokens {reduction} is not built for a {layout.kind}: its features are no fixed number per tile; "
+            "leave it out"
         )
     tokens = int(contract.outputs[0].shape[1])
     stage, left = _REDUCE[reduction.method](layout, layout.stages["connector"], tokens, reduction)
+    contracts = {name: _with_rows(one, tokens, left) for name, one in layout.contracts.items()}
     return replace(
         layout,
         stages={**layout.stages, "connector": stage},
-        contracts={**layout.contracts, "connector": _with_tokens(contract, left)},
+        contracts={**contracts, "connector": _with_tokens(contract, left)},
         reduction=reduction,
     )
+
+
+def _with_rows(contract: StageContract, tokens: int, left: int) -> StageContract:
+    """Where a stage reads the features of several pictures in a row (Flamingo), `left` of `tokens` for each."""
+    axes = tuple(
+        Axis(name=axis.name, min=left, opt=axis.opt // tokens * left, max=axis.max // tokens * left)
+        if axis.name == IMAGE_SEQUENCE
+        else axis
+        for axis in contract.axes
+    )
+    return contract.model_copy(update={"axes": axes})
 
 
 def _with_tokens(contract: StageContract, tokens: int) -> StageContract:
@@ -142,7 +185,7 @@ def _pool(layout: Layout, stage: Stage, tokens: int, reduction: Reduction) -> tu
             f"reduce-tokens {reduction}: the connector's tokens are a grid of {rows} x {columns}, which {stride} does "
             f"not divide; accepted are {_list(common_divisors(rows, columns))}"
         )
-    reduced = _behind(layout, stage, lambda: WindowPooling((rows, columns), stride=stride), reduction)
+    reduced = _behind(layout, stage, lambda: WindowPooling((rows, columns), stride=stride))
     return reduced, tokens // stride**2
 
 
@@ -157,11 +200,11 @@ def _merge(layout: Layout, stage: Stage, tokens: int, reduction: Reduction) -> t
             f"reduce-tokens {reduction}: a {layout.kind} puts its features back into the picture's grid, which merged "
             "tokens have left; use pool:S"
         )
-    return _behind(layout, stage, lambda: TokenMerging(reduction.amount), reduction), tokens - reduction.amount
+    return _behind(layout, stage, lambda: TokenMerging(reduction.amount)), tokens - reduction.amount
 
 
 def _keep_queries(layout: Layout, stage: Stage, tokens: int, reduction: Reduction) -> tuple[Stage, int]:
-    if layout.custom_connector is not None or not _queried(stage.on_meta()):
+    if not _queried(stage.on_meta()):
         raise UnsupportedError(
             f"reduce-tokens {reduction}: the connector of this {layout.kind} has no learned queries; use pool:S or "
             "tome:R"
@@ -180,28 +223,23 @@ def _keep_queries(layout: Layout, stage: Stage, tokens: int, reduction: Reductio
     return replace(stage, finish=finish), reduction.amount
 
 
-def _behind(layout: Layout, stage: Stage, reducer: Callable[[], nn.Module], reduction: Reduction) -> Stage:
+def _behind(layout: Layout, stage: Stage, reducer: Callable[[], nn.Module]) -> Stage:
     """The stage with a module behind it."""
-    inputs = layout.contracts["connector"].inputs
-    if len(inputs) > 1:
-        raise UnsupportedError(
-            f"reduce-tokens {reduction}: the connector of a {layout.kind} reads {inputs[1].name} beside the picture, "
-            "behind which nothing is built; use queries:K"
-        )
+    kind = _REDUCED[tuple(spec.name for spec in layout.contracts["connector"].inputs[1:])]
 
     def finish(module: nn.Module) -> None:
         stage.finish(module.get_submodule("connector"))
 
     return replace(
         stage,
-        build=lambda: ReducedConnector(stage.build(), reducer(), stage.vectors),
+        build=lambda: kind(stage.build(), reducer(), stage.vectors),
         checkpoint_name=lambda name: stage.checkpoint_name(name.removeprefix("connector.")),
         finish=finish,
     )
 
 
 def _queried(module: nn.Module) -> list[Any]:
-    """The parts of a connector that have learned queries."""
+    """The parts of a connector that have learned queries, and a method `keep_queries(count)`."""
     return [part for part in module.modules() if hasattr(part, "keep_queries")]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import CheckpointError, InputError
+from ..errors import BridgeportError, CheckpointError, InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,6 +166,8 @@ def _contract(layout: Layout, custom: CustomConnector, config: Any) -> StageCont
 
     try:
         tokens = custom.tokens(config) if callable(custom.tokens) else custom.tokens
+    except BridgeportError as error:
+        raise CheckpointError(f"{custom}: {error}") from error
     except Exception as error:
         raise CheckpointError(f"{custom}: tokens(config) raised {_reason(error)}; correct it") from error
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
@@ -187,6 +189,8 @@ def _build(custom: CustomConnector, config: Any) -> nn.Module:
     try:
         with torch.device("cpu"):
             module: Any = custom.factory(config)
+    except BridgeportError as error:
+        raise CheckpointError(f"{custom}: {error}") from error
     except Exception as error:
         raise CheckpointError(f"{custom} cannot be built: it raised {_reason(error)}; correct it") from error
     if not isinstance(module, nn.Module):

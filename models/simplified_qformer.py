@@ -41,7 +41,8 @@ class SimplifiedQFormerConfig:
     @classmethod
     def read(cls, config: Any) -> SimplifiedQFormerConfig:
         """What a checkpoint's config says. Raises InputError for a name that is not known, or no size."""
-        given = getattr(config, KEY, None) or {}
+        given = getattr(config, KEY, None)
+        given = {} if given is None else given
         known = [field.name for field in fields(cls)]
         if not isinstance(given, dict) or not given.keys() <= set(known):
             raise InputError(f"{KEY} is {given!r}; accepted is an object of {', '.join(known)}")
@@ -68,6 +69,10 @@ class SimplifiedQFormer(nn.Module):
         queries = self.cross_norm(queries + attended)
         out: Tensor = self.feed_forward_norm(queries + self.feed_forward(queries))
         return out
+
+    def keep_queries(self, count: int) -> None:
+        """From now on, compute the first `count` learned queries alone."""
+        self.query_tokens = nn.Parameter(self.query_tokens[:, :count].detach().clone())
 
 
 class SimplifiedQFormerConnector(nn.Module):

@@ -175,7 +175,7 @@ class Pipeline:
         """As `generate` for one prompt with its pictures, piece by piece; `generation` is there after the last one."""
         if not isinstance(prompt, str):
             raise InputError("stream takes one prompt with its pictures; use generate for several")
-        together = [[]] if images is None else [as_list(images)]
+        together = None if images is None else [as_list(images)]
         return TextStream(self._start(together, prompt, _params(options), interleave=interleave), self.tokenizer)
 
     def prepare(self, images: Pictures, prompts: str | Sequence[str], *, interleave: bool = False) -> Prepared:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..tokens.connectors import ConnectorReport
 
 DEFAULT_SIZES = ("336x336", "672x672")
+_WIDEST = 10_000
 
 
 def tokens(
@@ -79,13 +80,19 @@ def _compare(rounds: int, progress: object) -> list[ConnectorReport]:
 def _print(console: Console, reports: list[ModelReport], connectors: list[ConnectorReport]) -> None:
     from ..tokens.table import connector_table, cost_table, latency_table, token_table
 
-    console.print(token_table(reports))
+    tables = [token_table(reports)]
     if any(report.parameters for report in reports):
-        console.print(cost_table(reports))
+        tables.append(cost_table(reports))
     if any(picture.latency for report in reports for picture in report.pictures):
-        console.print(latency_table(reports))
+        tables.append(latency_table(reports))
     if connectors:
-        console.print(connector_table(connectors))
+        tables.append(connector_table(connectors))
+    if not console.is_terminal:
+        # A file or a pipe has no width to fit into.
+        unbound = console.options.update(max_width=_WIDEST)
+        console.width = max(console.width, *(console.measure(table, options=unbound).maximum for table in tables))
+    for table in tables:
+        console.print(table)
 
 
 def _warn(status: Console, reports: list[ModelReport]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...models.contract import StageContract
@@ -59,14 +60,17 @@ def module_on_meta(stage: Stage) -> nn.Module:
 
 
 def run_on_meta(module: nn.Module, contract: StageContract, shapes: Mapping[str, Shape]) -> Pass:
-    """One call with inputs of `shapes`; a contract's input that has none is made of the axes' usual sizes."""
-    with torch.device("meta"):
+    """One call with inputs of `shapes`; a contract's input that has none is made of the axes' usual sizes.
+
+    A custom connector computes: it lies on the CPU, where the tables that it makes for itself are (see `registry`).
+    """
+    with torch.device(next((parameter.device.type for parameter in module.parameters()), "meta")):
         inputs = [
-            torch.empty(shape, dtype=_TORCH_DTYPES[spec.dtype])
+            torch.zeros(shape, dtype=_TORCH_DTYPES[spec.dtype])
             for spec, shape in zip(contract.inputs, input_shapes(contract, shapes), strict=True)
         ]
-        # No fused attention on this device: every matrix product shows.
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # No fused attention: every matrix product shows.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             output: Any = module(*inputs)
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return Pass(tuple(first.shape), counter.get_total_flops())

@@ -16,6 +16,7 @@ from ...models.contract import StageContract
 from .known import KNOWN, KnownModel
 
 if TYPE_CHECKING:
+    from ...models.reduction_contract import Reduction
     from ...models.stages import Layout
 
 
@@ -97,25 +98,26 @@ def _bundle(path: Path) -> Subject:
         image=manifest.image,
         context=manifest.generation.context_length if manifest.generation else None,
         contracts=contracts,
-        layout=_bundle_layout(path, contracts),
+        layout=_bundle_layout(path, contracts, manifest.reduction),
         graphs={name: bundle.graph(name) for name in contracts},
         tokenizer=bundle.file(manifest.tokenizer),
     )
 
 
-def _bundle_layout(path: Path, contracts: Mapping[str, StageContract]) -> Layout | None:
-    """The modules that the bundle was made of, by the config that it keeps.
+def _bundle_layout(path: Path, contracts: Mapping[str, StageContract], reduction: Reduction | None) -> Layout | None:
+    """The modules that the bundle was made of, by the config that it keeps and the `reduction` of its manifest.
 
-    None where they cannot be built here, or are not what was exported (an export option took tokens out): what the
-    manifest says holds then.
+    None where they cannot be built here, or are not what was exported: what the manifest says holds then.
     """
     if not has_torch():
         return None
     from ...models.checkpoint import read_layout
+    from ...models.reduction import reduce_layout
 
     try:
         _, layout = read_layout((path / CONFIG_FILE).parent)
-    except (CheckpointError, UnsupportedError):
+        layout = layout if reduction is None else reduce_layout(layout, reduction)
+    except (CheckpointError, InputError, UnsupportedError):
         return None
     same = all(layout.contracts[name].outputs == contracts[name].outputs for name in ("encoder", "connector"))
     return layout if same else None
@@ -135,7 +137,7 @@ def _checkpoint(path: Path) -> Subject:
         name=path.name,
         architecture=config.architectures[0],
         source=str(path),
-        image=_in_prompt(_freeze_image(path, config), layout),
+        image=_in_prompt(_fit_custom(_freeze_image(path, config), layout), layout),
         context=layout.contracts["embed_tokens"].axis("sequence").max if "embed_tokens" in layout.contracts else None,
         contracts=layout.contracts,
         layout=layout,
@@ -150,6 +152,15 @@ def _freeze_image(path: Path, config: Any) -> ImageContract:
     from ..processor import freeze_image_processor
 
     return clip_image(config) if project(path) in ("minigpt4", "qwen_vl") else freeze_image_processor(path, config)
+
+
+def _fit_custom(image: ImageContract, layout: Layout) -> ImageContract:
+    """The tokens of a custom connector, of which the checkpoint's processor does not know."""
+    from ..reduction import fit_tokens
+
+    if layout.custom_connector is None:
+        return image
+    return fit_tokens(image, int(layout.contracts["connector"].outputs[0].shape[1]))
 
 
 def _in_prompt(image: ImageContract, layout: Layout) -> ImageContract:

@@ -35,7 +35,7 @@ def token_table(models: Sequence[ModelReport]) -> Table:
     """Tokens and context: a row for each model and picture size, one more for AnyRes before borders are left out."""
     table = _table("Visual tokens", "model", "picture")
     for column in ("tiles", "encoder", "connector", "fewer", "in the prompt", "context", "left"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for model in models:
         for picture in model.pictures:
             whole = picture.unpadded_from
@@ -59,10 +59,10 @@ def cost_table(models: Sequence[ModelReport]) -> Table:
     """Parameters in millions, and billions of FLOPs for a picture."""
     table = _table("Cost", "model", "connector")
     for column in ("encoder M", "connector M", "language M"):
-        table.add_column(column, justify="right")
-    table.add_column("picture")
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("picture", overflow="fold")
     for column in ("encoder GFLOPs", "connector GFLOPs"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for model in models:
         parts = [_millions(model.parameters.get(part)) for part in ("encoder", "connector", "language_model")]
         for picture in model.pictures:
@@ -75,9 +75,9 @@ def latency_table(models: Sequence[ModelReport]) -> Table:
     """Milliseconds of encoder and connector."""
     table = _table("Time on this machine, ms, median", "model", "picture")
     for column in ("encoder", "connector"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for column in ("by", "calls"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for model in models:
         for picture in model.pictures:
             timings = [picture.latency.get(stage) for stage in ("encoder", "connector")]
@@ -95,7 +95,7 @@ def connector_table(connectors: Sequence[ConnectorReport]) -> Table:
     table = _table(f"Connectors side by side, to width {width}, one picture, random weights", "encoder gives", "")
     engines = list(dict.fromkeys(engine for connector in connectors for engine in connector.latency))
     for column in ("gives", "fewer", "parameters M", "GFLOPs", *(f"{engine} ms (best)" for engine in engines)):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for connector in connectors:
         table.add_row(
             f"{connector.tokens} x {connector.width}",
@@ -125,7 +125,7 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     return table
 
 
@@ -143,11 +143,16 @@ def _count(number: int | None) -> str:
 
 
 def _millions(number: int | None) -> str:
-    return "-" if number is None else f"{number / 1e6:,.1f}"
+    return "-" if number is None else _decimal(number / 1e6)
 
 
 def _billions(number: int | None) -> str:
-    return "-" if number is None else f"{number / 1e9:,.1f}"
+    return "-" if number is None else _decimal(number / 1e9)
+
+
+def _decimal(number: float) -> str:
+    """One place behind the point, or two digits of what would show as 0."""
+    return f"{number:,.1f}" if number >= 0.05 or not number else f"{number:.2g}"
 
 
 def _ms(timing: Timing) -> str:

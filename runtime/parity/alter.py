@@ -20,6 +20,7 @@ from ...models.reduction_contract import Reduction
 
 if TYPE_CHECKING:
     from ...models.checkpoint import VisionLanguageModel
+    from ...models.stages import Layout
     from .taps import Taps
 
 Features = NDArray[np.float32]
@@ -28,7 +29,7 @@ Features = NDArray[np.float32]
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 # Model types whose processor and model count features from the patch size.
-_ANYRES = ("llava_next", "llava_onevision")
+_ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
 # Model kind -> the learned queries of transformers' model.
 _QUERIES = {
     "blip-2": "query_tokens",
@@ -36,7 +37,10 @@ _QUERIES = {
     "instructblip-video": "query_tokens",
     "qwen-vl": "connector.attn_pool.query",
     "idefics2": "model.connector.perceiver_resampler.latents",
+    "flamingo": "model.perceiver_resampler.latents",
 }
+# Connector of this package that no class of transformers has -> the learned queries of its module.
+_OWN_QUERIES = {"simplified-qformer": "qformer.query_tokens"}
 
 
 def describe(checkpoint: VisionLanguageModel) -> tuple[str, ...]:
@@ -48,11 +52,17 @@ def describe(checkpoint: VisionLanguageModel) -> tuple[str, ...]:
             "map, runs in PyTorch between transformers' vision tower and language model"
         )
     if checkpoint.layout.reduction is not None:
-        notes.append(
-            f"transformers knows no {checkpoint.layout.reduction}: parity's own statement of it is applied to "
-            "transformers' connector"
-        )
+        notes.append(f"transformers knows no {checkpoint.layout.reduction}: {_how_reduced(checkpoint.layout)}")
     return tuple(notes)
+
+
+def _how_reduced(layout: Layout) -> str:
+    custom = layout.custom_connector
+    if custom is None:
+        return "parity's own statement of it is applied to transformers' connector"
+    if layout.reduction is not None and layout.reduction.method == "queries" and custom not in _OWN_QUERIES:
+        return f"{custom!r} leaves the queries out by its own keep_queries, as in the export"
+    return f"parity's own statement of it is applied to {custom!r}"
 
 
 def use_custom_connector(model: Any, checkpoint: VisionLanguageModel, taps: Taps) -> None:
@@ -65,10 +75,21 @@ def use_custom_connector(model: Any, checkpoint: VisionLanguageModel, taps: Taps
     setattr(model.get_submodule(parent), name, checkpoint.connector)
 
 
-def use_reduction(model: Any, processor: Any, reduction: Reduction, kind: str, taps: Taps) -> None:
-    """Apply `reduction` to transformers' connector, for good. UnsupportedError for queries in an unknown place."""
+def use_reduction(
+    model: Any, processor: Any, original: VisionLanguageModel, altered: VisionLanguageModel, taps: Taps
+) -> None:
+    """Apply the reduction of `altered` to the connector in `model`, for good; nothing where there is none.
+
+    `original`: the checkpoint before it. Raises UnsupportedError for queries in an unknown place.
+    """
+    reduction = altered.layout.reduction
+    if reduction is None:
+        return
+    if original.kind == "instructblip-video":
+        # There transformers counts the features of a frame from its config.
+        model.config.num_query_tokens = _tokens(altered)
     if reduction.method == "queries":
-        _cut_queries(model, reduction, kind)
+        _cut_queries(model, reduction, original, taps)
         return
     model.get_submodule(taps.image_features.module).register_forward_hook(
         lambda _module, _inputs, features: _reduced(features, reduction)
@@ -76,16 +97,32 @@ def use_reduction(model: Any, processor: Any, reduction: Reduction, kind: str, t
     if model.config.model_type in _ANYRES:
         # To what transformers puts together, each window is a patch now.
         model.config.vision_config.patch_size *= reduction.amount
-        processor.patch_size *= reduction.amount
+        _count_windows(processor, reduction.amount)
 
 
-def _cut_queries(model: Any, reduction: Reduction, kind: str) -> None:
+def _count_windows(processor: Any, stride: int) -> None:
+    """LLaVA-NeXT's processor counts patches of a size, LLaVA-OneVision's those of a tile (and a class token)."""
+    if hasattr(processor, "num_image_tokens"):
+        class_token = processor.vision_feature_select_strategy == "default"
+        processor.num_image_tokens = (processor.num_image_tokens - class_token) // stride**2 + class_token
+    else:
+        processor.patch_size *= stride
+
+
+def _cut_queries(model: Any, reduction: Reduction, original: VisionLanguageModel, taps: Taps) -> None:
     from torch import nn
 
-    if kind not in _QUERIES:
+    custom, kind = original.layout.custom_connector, original.kind
+    if custom is not None and custom not in _OWN_QUERIES:
+        for part in model.get_submodule(taps.image_features.module).modules():
+            if hasattr(part, "keep_queries"):
+                part.keep_queries(reduction.amount)
+        return
+    if custom is None and kind not in _QUERIES:
         raise UnsupportedError(f"parity of {reduction} knows {', '.join(_QUERIES)}; a {kind} is none of them")
-    parent, _, name = _QUERIES[kind].rpartition(".")
-    queries = model.get_parameter(_QUERIES[kind]).detach()
+    place = _QUERIES[kind] if custom is None else f"{taps.image_features.module}.{_OWN_QUERIES[custom]}"
+    parent, _, name = place.rpartition(".")
+    queries = model.get_parameter(place).detach()
     # [1, Q, D] or [Q, D].
     setattr(model.get_submodule(parent), name, nn.Parameter(queries[..., : reduction.amount, :]))
 
@@ -98,7 +135,7 @@ def placeholder_counts(original: VisionLanguageModel, altered: VisionLanguageMod
     if altered.layout.custom_connector is not None:
         wanted = _tokens(altered)
         return lambda _: wanted
-    if altered.layout.reduction is None or altered.config.model_type in _ANYRES:
+    if altered.layout.reduction is None or altered.config.model_type in _ANYRES or altered.kind == "flamingo":
         return None
     before, after = _tokens(original), _tokens(altered)
     return lambda count: count * after // before

@@ -98,7 +98,8 @@ def _check_generation(
 
     gates = choose_gates(loaded.manifest)
     _check_instructions(loaded, cases)
-    reference = Reference.load(checkpoint, loaded.manifest.reduction)
+    manifest = loaded.manifest
+    reference = Reference.load(checkpoint, manifest.reduction, manifest.custom_connector)
     _check_same_shapes(loaded, reference)
     values = [reference.run(case.image, case.prompt, max_new_tokens) for case in cases]
     _check_length(loaded, values, max_new_tokens)

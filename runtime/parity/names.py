@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...manifest import Manifest
 from .probes import NAME_SCOPES, Probe, builder_probes, output_probe, scope_probes
+from .taps import TAPS
 
 if TYPE_CHECKING:
     from ...models.checkpoint import VisionLanguageModel
@@ -32,6 +33,8 @@ def module_names(checkpoint: VisionLanguageModel, stage: str, model: Any) -> dic
     Where the stage is transformers' own module, every module of it is named. Where it is ours (a connector),
     only those that hold weights are: between them the two may be cut differently.
     """
+    if stage == "connector" and checkpoint.layout.custom_connector is not None:
+        return _custom_names(checkpoint, model)
     table = checkpoint.layout.stages[stage]
     weights = {name: table.checkpoint_name(name) for name in table.on_meta().state_dict()}
     pairs = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in weights.items()}
@@ -42,6 +45,15 @@ def module_names(checkpoint: VisionLanguageModel, stage: str, model: Any) -> dic
         inside = [name for name in known if name == theirs or name.startswith(f"{theirs}.")]
         names |= {_join(ours, name[len(theirs) + 1 :]): name for name in inside if _join(ours, name[len(theirs) + 1 :])}
     return names
+
+
+def _custom_names(checkpoint: VisionLanguageModel, model: Any) -> dict[str, str]:
+    """A custom connector stands in `model` where transformers' stood, behind no reducer: see `alter`."""
+    root = TAPS[checkpoint.kind].image_features.module
+    inner = (
+        "" if checkpoint.layout.reduction is None or checkpoint.layout.reduction.method == "queries" else "connector"
+    )
+    return {_join(inner, name): _join(root, name) for name, _ in model.get_submodule(root).named_modules() if name}
 
 
 def _common_root(names: Mapping[str, str]) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import CheckpointError, UnsupportedError
+from ...errors import CheckpointError, InputError, UnsupportedError
 from ..sources import Video
 from .alter import fit_placeholders, placeholder_counts, use_custom_connector, use_reduction
 from .patches import group_patches
@@ -60,13 +60,15 @@ class Reference:
         self._counts: Callable[[int], int] | None = None
 
     @classmethod
-    def load(cls, checkpoint: str | Path, reduction: Reduction | None = None) -> Reference:
+    def load(
+        cls, checkpoint: str | Path, reduction: Reduction | None = None, custom_connector: str | None = None
+    ) -> Reference:
         """Load model and processor (its Pillow backend) from a checkpoint directory, never from the network.
 
-        `reduction`: what the bundle was exported with.
+        `reduction`, `custom_connector`: those of the bundle.
 
         Raises CheckpointError for a directory that is no usable checkpoint, UnsupportedError for one that
-        does not generate text.
+        does not generate text, InputError for one with another connector.
         """
         from ...export.foreign import load_reference
         from ...models import load_checkpoint
@@ -76,6 +78,11 @@ class Reference:
         if found.kind not in TAPS:
             raise UnsupportedError(
                 f"{checkpoint} is a {found.architecture}; parity of a chain to text knows {', '.join(TAPS)}"
+            )
+        if (own := found.layout.custom_connector) != custom_connector:
+            raise InputError(
+                f"{checkpoint} has {_connector(own)}, the bundle {_connector(custom_connector)}; give the checkpoint "
+                "that the bundle was made from"
             )
         with _quiet_transformers():
             reference = cls(found, *(load_reference(found) or _load(Path(checkpoint), found.architecture)))
@@ -92,7 +99,7 @@ class Reference:
             from ...models.reduction import reduce_tokens
 
             self.checkpoint = reduce_tokens(original, reduction)
-            use_reduction(self.model, self.processor, reduction, original.kind, self.taps)
+            use_reduction(self.model, self.processor, original, self.checkpoint, self.taps)
         self._counts = placeholder_counts(original, self.checkpoint)
 
     @property
@@ -243,6 +250,10 @@ class Reference:
         """Text of `token_ids`, special tokens left out."""
         text: str = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text.strip()
+
+
+def _connector(custom: str | None) -> str:
+    return "its class's own connector" if custom is None else f"the connector {custom!r}"
 
 
 def _by_tile(features: NDArray[np.float32], tiles: int) -> NDArray[np.float32]:

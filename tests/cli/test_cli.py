@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+from tests.export.tensorrt.libcuda import compile_libcuda
 
 from bridgeport import __version__
 from bridgeport.cli import VERBS, main
@@ -83,6 +86,34 @@ def test_doctor_json_names_this_machine_and_what_it_can_do(capsys: pytest.Captur
     assert report["machine"]["cores"] >= 1
     assert report["abilities"]["run bundles (CPU)"] == {"works": True, "missing": []}
     assert "CPUExecutionProvider" in report["providers"]
+
+
+def test_doctor_names_the_gpu_and_what_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from bridgeport.runtime.cli import doctor
+    from bridgeport.runtime.tensorrt import machine
+
+    version, find = doctor._version, machine.find_machine
+    library = compile_libcuda(tmp_path)
+    monkeypatch.setattr(machine, "find_machine", lambda *words, **more: find(*words, library=library, **more))
+    installed = {"tensorrt": "11.4.0.106", "cuda-bindings": "13.5.0"}
+    monkeypatch.setattr(doctor, "_version", lambda name: installed.get(name) or version(name))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"GPU: NVIDIA L4, SM 8\.9, 24\.0 GiB, driver \S+, CUDA 13\.0", shown)
+    engines = "build and run TensorRT engines"
+    assert doctor.examine()["abilities"][engines] == {"works": True, "missing": []}
+
+    (tmp_path / "old").mkdir()
+    too_old = compile_libcuda(tmp_path / "old", cuda=12040)
+    monkeypatch.setattr(machine, "find_machine", lambda *words, **more: find(*words, library=too_old, **more))
+    found = doctor.examine()
+    assert found["abilities"][engines] == {"works": False, "missing": [], "why": found["gpu"]["why"]}
+    assert "serves CUDA 12.4, TensorRT 11.4.0.106 needs CUDA 13" in found["gpu"]["why"]
+    assert main(["doctor"]) == 0
+    assert "GPU: none that can be used; the NVIDIA driver" in " ".join(capsys.readouterr().out.split())
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,3 +89,28 @@ def test_bad_input_is_one_line(
     assert said in shown
     assert shown.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("out", "form"),
+    [
+        ("bundle", "tensorrt-llm"),
+        ("bundle/prompt", "tensorrt-llm"),
+        ("bundle/manifest.json", "vllm"),
+        ("p.png", "vllm"),
+        ("link.png", "vllm-request"),
+    ],
+)
+def test_what_is_read_is_not_replaced(
+    out: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundle").mkdir()
+    for file in ("bundle/manifest.json", "p.png"):
+        (tmp_path / file).write_text("mine")
+    (tmp_path / "link.png").symlink_to("p.png")
+    options = ("-o", out, "--format", form, "--model", "llm", "--force")
+    assert embed("bundle", "p.png", *options) == 2
+    shown = capsys.readouterr().err
+    assert re.fullmatch(r"bridgeport: \S+ would change (bundle|p\.png), which is read; name another place\n", shown)
+    assert {file.read_text() for file in (tmp_path / "bundle" / "manifest.json", tmp_path / "p.png")} == {"mine"}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.checkpoints_llava import write_llava_checkpoint
+from tests.export.test_simplified_qformer import with_one_layer
 
 from bridgeport.bundle import Bundle
 from bridgeport.cli import main
@@ -56,7 +57,7 @@ def document(capsys: Captured, *words: str) -> dict[str, Any]:
 
 
 def test_without_a_model_it_prints_the_well_known_table(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "60")  # what is written to a file is not cut to it
     assert main(["tokens", "--image-size", "672x672"]) == 0
     rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
     shown = {(row[1], row[2]): row[3:10] for row in rows if len(row) == 11 and row[9]}
@@ -76,6 +77,34 @@ def test_a_checkpoint_directory_needs_no_weights(checkpoint: Path, capsys: Captu
     assert model["connector"] == "NewlineProjector"
     assert model["parameters"]["connector"] == (24 + 1) * 32 + (32 + 1) * 32 + 32
     assert picture["flops"]["connector"] == 2 * 80 * 32 * (24 + 32)
+
+
+def test_a_custom_connector_counts_its_own_tokens(tmp_path: Path, capsys: Captured) -> None:
+    """It is built on the CPU, and the checkpoint's processor writes another number of image tokens."""
+    sizes = {"width": 48, "num_heads": 3, "num_queries": 5}
+    checkpoint = with_one_layer(write_llava_checkpoint(tmp_path / "checkpoint"), sizes)
+    (model,) = document(capsys, str(checkpoint), "--image-size", "100x37")["models"]
+    (picture,) = model["pictures"]
+    assert (picture["encoder_tokens"], picture["features"], picture["tokens"]) == (16, 5, 5)
+    assert picture["left"] == model["context"] - 5 - picture["marks"]
+    q, n, d, v, out = 5, 16, 48, 24, 32
+    attend = 2 * q * d * d * 2 + 2 * n * v * d * 2 + 2 * 2 * q * n * d
+    assert picture["flops"]["connector"] == attend + 2 * 2 * q * d * 4 * d + 2 * q * d * out
+
+
+def test_a_reduced_bundle_is_counted_with_its_reduction(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    reduced = tmp_path / "bundle"
+    shutil.copytree(bundle, reduced)
+    manifest = json.loads((reduced / "manifest.json").read_text(encoding="utf-8"))
+    (stage,) = (one for one in manifest["stages"] if one["contract"]["name"] == "connector")
+    stage["contract"]["outputs"][0]["shape"][1] = manifest["image"]["tiling"]["tokens"] = 2
+    manifest["reduction"] = {"method": "queries", "amount": 2}
+    (reduced / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    whole, fewer = document(capsys, str(bundle), str(reduced), "--image-size", "64x64")["models"]
+    assert fewer["pictures"][0]["features"] == 2
+    assert fewer["connector"] == whole["connector"] == "Blip2Connector"
+    assert 0 < fewer["pictures"][0]["flops"]["connector"] < whole["pictures"][0]["flops"]["connector"]
+    assert fewer["pictures"][0]["flops"]["encoder"] == whole["pictures"][0]["flops"]["encoder"]
 
 
 def test_a_bundle_is_measured_in_onnx_runtime(bundle: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

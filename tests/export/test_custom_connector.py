@@ -39,6 +39,9 @@ class TwoQueries(nn.Module):
     def forward(self, image_embeds: Tensor) -> Tensor:
         weights = (self.queries @ image_embeds.transpose(1, 2)).softmax(dim=-1)
         return self.linear(self.norm(weights @ image_embeds))
+
+    def keep_queries(self, count: int) -> None:
+        self.queries = nn.Parameter(self.queries[:count].detach().clone())
 '''
 
 
@@ -123,7 +126,7 @@ def quantise_for_tensorrt(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_in_the_place_of_a_qformer(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BLIP-2, and a token reduction behind it."""
+    """BLIP-2, and with fewer tokens."""
     import transformers
 
     checkpoint = write_blip2_checkpoint(tmp_path / "c", vision_layers=1, qformer_layers=1, num_layers=1)
@@ -138,3 +141,9 @@ def test_in_the_place_of_a_qformer(installed: None, tmp_path: Path, monkeypatch:
     report = check_parity(reduced, checkpoint, images=[picture(40, 90)], prompts=["hi"], threads=1, max_new_tokens=3)
     assert report.passed, report.summary()
     assert len(report.notes) == 2
+    reduced = export_checkpoint(checkpoint, tmp_path / "first", reduce_tokens="queries:1")
+    report = check_parity(reduced, checkpoint, images=[picture(40, 90)], prompts=["hi"], threads=1, max_new_tokens=3)
+    assert report.passed, report.summary()
+    assert report.notes[1].endswith("'two-queries' leaves the queries out by its own keep_queries, as in the export")
+    with Pipeline.load(reduced, threads=1) as pipeline:
+        assert pipeline.encode(picture(30, 30)).shape[1] == 1

@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from tests.checkpoints import write_blip2_checkpoint
+from tests.checkpoints_idefics import write_idefics_checkpoint
 from tests.checkpoints_idefics2 import write_idefics2_checkpoint
 from tests.checkpoints_instructblip import write_instructblip_checkpoint
 from tests.checkpoints_internvl import write_internvl_checkpoint
 from tests.checkpoints_llava import write_llava_checkpoint
+from tests.checkpoints_llava_video import write_llava_next_video_checkpoint, write_llava_onevision_checkpoint
 
 import bridgeport.export.checkpoint as export
 from bridgeport.cli import main
@@ -41,11 +43,13 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def check_chain(checkpoint: Path, bundle: Path, reduction: str) -> None:
-    """Parity, and that one more, or another, reduction of the reference would be seen."""
+def check_chain(checkpoint: Path, bundle: Path, reduction: str, *, video: bool = False) -> None:
+    """Parity on pictures of three shapes, or on videos of four frames."""
     shapes = [picture(40, 90), picture(28, 28, 1), picture(91, 13, 2)]
-    report = check_parity(bundle, checkpoint, images=shapes, prompts=["", "what is this?", "hi"], threads=1,
-                          max_new_tokens=6)  # fmt: skip
+    films = [[picture(40, 31, 10 * count + frame) for frame in range(4)] for count in range(3)]
+    sources: dict[str, Any] = {"videos": films} if video else {"images": shapes}
+    report = check_parity(bundle, checkpoint, prompts=["", "what is this?", "hi"], threads=1, max_new_tokens=6,
+                          **sources)  # fmt: skip
     assert report.passed, report.summary()
     assert report.tokens_match
     for stage in report.stages:
@@ -176,8 +180,11 @@ def test_the_picture_s_contract() -> None:
 @pytest.mark.parametrize(
     ("name", "reduction"),
     [("llava", "pool:2"), ("llava", "tome:5"), ("odd", "tome:12"), ("next, class token", "pool:4"),
+     ("onevision", "pool:2"), ("onevision, class token", "pool:4"), ("next-video", "pool:2"),
      ("blip-2", "queries:2"), ("blip-2", "tome:3"), ("opt", "queries:1"),
-     ("instructblip", "queries:2"), ("idefics2", "queries:1"), ("internvl", "pool:2"), ("internvl", "tome:3")],
+     ("instructblip", "queries:2"), ("instructblip", "tome:2"), ("instructblip, video", "tome:2"),
+     ("instructblip, video", "queries:2"), ("idefics2", "queries:1"), ("idefics2", "tome:1"),
+     ("flamingo", "queries:1"), ("flamingo", "tome:2"), ("internvl", "pool:2"), ("internvl", "tome:3")],
 )  # fmt: skip
 def test_other_chains(name: str, reduction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write: dict[str, Any] = {
@@ -186,14 +193,19 @@ def test_other_chains(name: str, reduction: str, tmp_path: Path, monkeypatch: py
         "next, class token": lambda: write_llava_checkpoint(
             tmp_path / "c", anyres=True, tower="siglip", select="full", layer=-1
         ),
+        "onevision": lambda: write_llava_onevision_checkpoint(tmp_path / "c"),
+        "onevision, class token": lambda: write_llava_onevision_checkpoint(tmp_path / "c", tower="clip", layer=-2),
+        "next-video": lambda: write_llava_next_video_checkpoint(tmp_path / "c"),
         "blip-2": lambda: write_blip2_checkpoint(tmp_path / "c", **BLIP2),
         "opt": lambda: write_blip2_checkpoint(tmp_path / "c", **BLIP2, text="opt"),
         "instructblip": lambda: write_instructblip_checkpoint(tmp_path / "c"),
+        "instructblip, video": lambda: write_instructblip_checkpoint(tmp_path / "c", video=True),
         "idefics2": lambda: write_idefics2_checkpoint(tmp_path / "c"),
+        "flamingo": lambda: write_idefics_checkpoint(tmp_path / "c", num_layers=2, vision_layers=1),
         "internvl": lambda: write_internvl_checkpoint(
             tmp_path / "c", vision={"image_size": [32, 32], "patch_size": [4, 4]}
         ),
     }
     checkpoint = write[name]()
     export_without_lint(checkpoint, tmp_path / "bundle", reduction, monkeypatch)
-    check_chain(checkpoint, tmp_path / "bundle", reduction)
+    check_chain(checkpoint, tmp_path / "bundle", reduction, video=name.endswith(", video"))

@@ -239,10 +239,15 @@ def test_another_vision_tower_is_named(blip2_checkpoint: Checkpoints, tmp_path: 
             {"vision_config.model_type": "dinov2"},
             "the vision tower is a 'dinov2'; supported are clip_vision",
         ),
+        (
+            {"vision_config.model_type": "eyes"},
+            r"config\.json: the vision tower is a 'eyes'; supported are clip_vision",
+        ),
         ({"text_config.model_type": "bloom"}, "text_config is of model_type 'bloom'; supported are llama, mistral"),
+        ({"text_config.model_type": "words"}, r"config\.json: the language model is a 'words'; supported are llama"),
         ({"mm_projector_type": "resampler"}, "mm_projector_type is 'resampler'; supported are linear, mlp2x_gelu"),
     ],
-    ids=["vision tower", "text model", "projector"],
+    ids=["vision tower", "no vision tower", "text model", "no text model", "projector"],
 )
 def test_unknown_parts_of_llava_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write_llava_checkpoint(tmp_path)
@@ -250,3 +255,10 @@ def test_unknown_parts_of_llava_are_named(tmp_path: Path, change: dict[str, Any]
     with pytest.raises(UnsupportedError, match=message) as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_activation_is_blamed_on_config_json(tmp_path: Path) -> None:
+    path = write_llava_checkpoint(tmp_path / "c")
+    edit_config(path, projector_hidden_act="nope")
+    with pytest.raises(CheckpointError, match=r"/c: config\.json: activation 'nope' is unknown; known are gelu, "):
+        load_checkpoint(path)

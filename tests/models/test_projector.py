@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from bridgeport.errors import CheckpointError
+from bridgeport.errors import CheckpointError, InputError
 from bridgeport.models.projector import LinearProjector, MlpProjector, llava_names, transformers_names
 
 
@@ -83,5 +83,5 @@ def test_exports_with_tiles_and_tokens_dynamic(projector: nn.Module, tmp_path: P
 def test_refuses_what_it_cannot_build() -> None:
     with pytest.raises(CheckpointError, match=r"widths \[4\]: give an input and an output"):
         MlpProjector([4])
-    with pytest.raises(CheckpointError, match="activation 'mish' is unknown; known are gelu"):
+    with pytest.raises(InputError, match="activation 'mish' is unknown; known are gelu"):
         MlpProjector([4, 4, 4], activation="mish")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.checkpoints import write_blip2_checkpoint
+from tests.checkpoints_idefics import write_idefics_checkpoint
 from tests.checkpoints_idefics2 import write_idefics2_checkpoint
 from tests.checkpoints_instructblip import write_instructblip_checkpoint
 from tests.checkpoints_internvl import write_internvl_checkpoint
@@ -17,6 +20,8 @@ from tests.checkpoints_score import write_score_checkpoint
 from torch import Tensor
 
 from bridgeport.errors import BridgeportError, InputError, UnsupportedError
+from bridgeport.export.graph import example_inputs
+from bridgeport.export.idefics_processor import freeze_flamingo
 from bridgeport.models import load_checkpoint
 from bridgeport.models.reduction import TokenMerging, reduce_tokens
 from bridgeport.models.reduction_contract import Reduction, parse_reduction
@@ -173,14 +178,43 @@ def test_pixel_shuffle_leaves_a_grid(tmp_path: Path) -> None:
     torch.testing.assert_close(pooled[:, 1], whole[:, [2, 3, 6, 7]].mean(dim=1), rtol=1e-5, atol=1e-5)
 
 
-def test_connectors_that_read_more_and_models_without_one(tmp_path: Path) -> None:
-    for write, reduction, message in (
-        (write_instructblip_checkpoint, "tome:1", r"reads qformer_input_ids beside the picture, .*; use queries:K$"),
-        (write_idefics2_checkpoint, "tome:1", r"reads pixel_attention_mask beside the picture, .*; use queries:K$"),
-    ):
-        model = load_checkpoint(write(tmp_path / write.__name__))
-        with pytest.raises(UnsupportedError, match=message):
-            reduce_tokens(model, parse_reduction(reduction))
+@pytest.mark.parametrize("write", [write_instructblip_checkpoint, write_idefics2_checkpoint])
+def test_merging_behind_connectors_that_read_more(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    """The instruction of InstructBLIP, the mask of Idefics2."""
+    model = load_checkpoint(write(tmp_path))
+    reduced = reduce_tokens(model, parse_reduction("tome:1"))
+    contract = model.contracts["connector"]
+    names = [spec.name for spec in contract.inputs]
+    assert [spec.name for spec in reduced.contracts["connector"].inputs] == names
+    assert [one.name for one in signature(reduced.connector.forward).parameters.values()] == names
+    sizes = {axis.name: max(axis.min, 12) for axis in contract.axes}
+    inputs = example_inputs(contract, sizes, examples=model.layout.stages["connector"].examples).values()
+    whole, merged = model.connector(*inputs), reduced.connector(*inputs)
+    expected = np.stack([merge_by_hand(picture, 1) for picture in whole.numpy()])
+    assert merged.shape[1] == reduced.contracts["connector"].outputs[0].shape[1] == whole.shape[1] - 1
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flamingo_s_other_stages_read_as_many_latents_as_are_left(tmp_path: Path) -> None:
+    from transformers import IdeficsForVisionText2Text
+
+    model = load_checkpoint(write_idefics_checkpoint(tmp_path, num_layers=2, vision_layers=1))
+    reduced = reduce_tokens(model, parse_reduction("queries:3"))
+    for stage in ("cross_kv", "llm"):
+        rows = reduced.contracts[stage].axis("image_sequence")
+        assert (rows.min, rows.opt, rows.max) == (3, 3, 3 * 64)
+    assert freeze_flamingo(reduced).latents == 3
+    _, tokens, width = model.contracts["connector"].inputs[0].shape
+    x = torch.randn(2, int(tokens), int(width), generator=torch.Generator().manual_seed(0))
+    make: Any = IdeficsForVisionText2Text
+    resampler = make.from_pretrained(tmp_path).eval().model.perceiver_resampler
+    resampler.latents = torch.nn.Parameter(resampler.latents[:3])
+    with torch.no_grad():
+        expected = resampler(x)
+    torch.testing.assert_close(reduced.connector(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_models_without_image_tokens(tmp_path: Path) -> None:
     clip = load_checkpoint(write_score_checkpoint(tmp_path / "clip", "clip"))
     with pytest.raises(UnsupportedError, match=r"a clip gives no image tokens to a language model; leave it out$"):
         reduce_tokens(clip, parse_reduction("queries:1"))

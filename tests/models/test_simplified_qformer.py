@@ -48,6 +48,19 @@ def test_equals_torch_modules(width: int, heads: int, queries: int, encoder_widt
     assert (ours(x) - reference(ours, x, post_norm=False)).abs().max() > CAUGHT
 
 
+@torch.no_grad()
+def test_queries_that_are_left_out_are_not_computed() -> None:
+    """Queries do not see each other here, so those that are kept give what they gave."""
+    ours = SimplifiedQFormer(24, 3, 5, encoder_width=20)
+    prepare(ours, 1)
+    x = torch.randn(3, 7, 20, generator=torch.Generator().manual_seed(1))
+    whole, rows = ours(x), []
+    ours.feed_forward.register_forward_hook(lambda _module, inputs, _: rows.append(inputs[0].shape[1]))
+    ours.keep_queries(2)
+    assert_equal(ours(x), whole[:, :2])
+    assert rows == [2]
+
+
 def test_the_defaults_are_those_of_blip2_base() -> None:
     with torch.device("meta"):
         ours = SimplifiedQFormer()

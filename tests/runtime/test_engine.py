@@ -168,7 +168,12 @@ def test_cuda_graphs_without_a_gpu() -> None:
     assert EngineOptions("cuda", cuda_graphs=True).cuda_graphs
 
 
-def test_a_provider_that_does_not_start_is_no_silent_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_does_not_start_is_no_silent_cpu(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """ONNX Runtime falls back to the CPU with a line in its log when a library of CUDA is missing."""
 
     class Fallen:
@@ -181,15 +186,31 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(bundle: Bundle, monkeyp
         def get_available_providers() -> list[str]:
             return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
+        @staticmethod
+        def preload_dlls() -> None:
+            asked.append("libraries")
+            print("Failed to load /place/libcublasLt.so.13: undefined symbol: x")
+            print("Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file")
+            print("Failed to load libcurand.so.10: libcurand.so.10: cannot open shared object file")
+            print("Please follow https://onnxruntime.ai/docs/install/#cuda-and-cudnn to install CUDA.")
+
         class InferenceSession:
-            def __init__(self, *_: Any, **__: Any) -> None: ...
+            def __init__(self, *_: Any, **__: Any) -> None:
+                asked.append("session")
 
             def get_providers(self) -> list[str]:
                 return ["CPUExecutionProvider"]
 
+    asked: list[str] = []
     monkeypatch.setattr(onnxruntime_loader, "import_onnxruntime", lambda: Fallen)
-    with pytest.raises(DependencyError, match="CUDAExecutionProvider did not start"):
-        load_session(bundle.graph("encoder"), Device("cuda"))
+    request.addfinalizer(onnxruntime_loader.preload_libraries.cache_clear)
+    onnxruntime_loader.preload_libraries.cache_clear()
+    said = r"CUDAExecutionProvider did not start \(missing: libcublasLt.so.13, libcurand.so.10\); install them"
+    for _ in range(2):
+        with pytest.raises(DependencyError, match=said):
+            load_session(bundle.graph("encoder"), Device("cuda"))
+    assert asked == ["libraries", "session", "session"], "before the first session: it looks in no wheel itself"
+    assert capsys.readouterr().out == "", "stdout may be for JSON"
 
 
 def test_threads_reach_the_session(bundle: Bundle) -> None:

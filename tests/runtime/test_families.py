@@ -70,6 +70,28 @@ SLOW: dict[str, Write] = {
     "minigpt4, odd": lambda path: write_minigpt4_checkpoint(
         path, image_size=35, patch_size=7, num_query_tokens=7, max_position_embeddings=512
     ),
+    "idefics2, odd tower": lambda path: write_idefics2_checkpoint(
+        path,
+        vision={"image_size": 45, "patch_size": 5, "num_hidden_layers": 3},
+        text={"hidden_size": 48, "head_dim": 24},
+        perceiver={"resampler_n_latents": 7, "resampler_depth": 1, "resampler_n_heads": 3, "num_key_value_heads": 3},
+        seed=11,
+    ),
+    "idefics3, by three": lambda path: write_idefics3_checkpoint(
+        path,
+        scale_factor=3,
+        vision={"image_size": 47, "patch_size": 5},
+        text={"hidden_size": 48, "head_dim": 24},
+        seed=12,
+    ),
+    "internvl, quarters": lambda path: write_internvl_checkpoint(
+        path, vision={"image_size": [40, 40], "patch_size": [5, 5], "use_qk_norm": True}, downsample_ratio=0.25, seed=13
+    ),
+    "next-video, odd": lambda path: write_llava_next_video_checkpoint(path, vision={"image_size": 35}, seed=14),
+    "onevision, odd": lambda path: write_llava_onevision_checkpoint(path, vision={"image_size": 35}, tie=True, seed=15),
+    "qwen2-vl, by three": lambda path: write_qwen2_vl_checkpoint(
+        path, "2", vision={"spatial_merge_size": 3, "temporal_patch_size": 1, "num_heads": 4}, seed=16
+    ),
     **{
         f"t5, {name}": lambda path, name=name: write_blip2_t5_checkpoint(path, **T5_CONFIGS[name])  # type: ignore[misc]
         for name in T5_CONFIGS
