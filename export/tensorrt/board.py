@@ -114,9 +114,13 @@ class Board:
             raise Problem(f"{job['graph']} is not taken: {error.desc()} (node {error.node()})")
         for shapes in job["profiles"]:
             profile: trt.IOptimizationProfile = builder.create_optimization_profile()
-            for name, (low, best, high) in shapes.items():
-                profile.set_shape(name, tuple(low), tuple(best), tuple(high))
-            if config.add_optimization_profile(profile) < 0:
+            try:
+                for name, (low, best, high) in shapes.items():
+                    profile.set_shape(name, tuple(low), tuple(best), tuple(high))
+                taken = config.add_optimization_profile(profile) >= 0
+            except (RuntimeError, ValueError):  # what the bindings raise where TensorRT refuses
+                taken = False
+            if not taken:
                 raise Problem(f"{job['stage']}: TensorRT refuses a profile: {shapes}")
         plan = builder.build_serialized_network(network, config)
         if plan is None:
@@ -159,7 +163,11 @@ class Board:
     def run(self, engine: trt.ICudaEngine, cuda: Cuda, profile: int, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
         """All outputs. In TensorRT's order: profile, shapes, addresses, enqueue."""
         context: trt.IExecutionContext = engine.create_execution_context()
-        if context is None or not context.set_optimization_profile_async(profile, cuda.stream):
+        try:
+            chosen = context is not None and context.set_optimization_profile_async(profile, cuda.stream)
+        except RuntimeError:  # what the bindings raise where TensorRT refuses
+            chosen = False
+        if not chosen:
             raise Problem(f"profile {profile} cannot be chosen, or there is no memory for the engine")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         arrays: dict[str, np.ndarray] = {}

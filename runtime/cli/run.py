@@ -47,13 +47,23 @@ def run(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Capture the decode step once and replay it (--device cuda).")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="What runs the stages, as openvino; by default TensorRT for its engines, else ONNX Runtime."),
+    ] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Refuse a bundle that was not signed with this Ed25519 key (PEM)."),
+    ] = None,
     attention_map: Annotated[
         Path | None, typer.Option(help="Write a PNG of where each query looks (one picture).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Answer a prompt about a picture or video, or caption it, and time each stage."""
+    from ...bundle import Bundle
     from ...errors import InputError
+    from ...export.tensorrt.sign import verify_bundle
     from ..attention_map import check_attention_graph, check_target
     from ..pipeline import Pipeline
     from ..sources import Video
@@ -67,7 +77,8 @@ def run(
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
-    with Pipeline.load(bundle, device=device, threads=threads, cuda_graphs=cuda_graphs) as pipeline:
+    loaded = Bundle.load(bundle) if public_key is None else verify_bundle(bundle, public_key)
+    with Pipeline.load(loaded, device=device, threads=threads, engine=engine, cuda_graphs=cuda_graphs) as pipeline:
         if attention_map is not None:
             check_attention_graph(pipeline.bundle)  # before the text is out, not after
         one_prompt = together or interleave or len(pictures) < 2

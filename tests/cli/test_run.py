@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from bridgeport.cli import main
-from bridgeport.runtime import Pipeline
+from bridgeport.export.tensorrt import sign_bundle
+from bridgeport.runtime import Pipeline, pipeline
+from bridgeport.runtime.backends import load_engines
 
 GetPath = Callable[[str], Path]
 PROMPT = "a photo of"
@@ -162,6 +164,45 @@ def test_bad_options(
     bundle: str, files: list[str], options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in refuse(capsys, bundle, files[:1], *options)
+
+
+def test_another_engine(bundle: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(bundle, files[:1], "--json", "--engine", "onnxruntime") == 0
+    assert json.loads(capsys.readouterr().out)
+    assert "engine 'onnx' is unknown; known are onnxruntime, " in refuse(capsys, bundle, files[:1], "--engine", "onnx")
+
+
+def test_an_engine_runs_the_stages(bundle: str, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def load(name: str | None, *rest: Any) -> Any:
+        seen.append(name)
+        return load_engines(name, *rest)
+
+    monkeypatch.setattr(pipeline, "load_engines", load)
+    assert run(bundle, files[:1], "--engine", "torch") == 2  # needs a checkpoint, which it says
+    assert seen == ["torch"]
+
+
+def test_only_a_signed_bundle(
+    bundle: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asymmetric = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
+    to = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    key, other = (asymmetric.Ed25519PrivateKey.generate() for _ in range(2))
+    for name, one in (("public", key), ("other", other)):
+        pem = one.public_key().public_bytes(to.Encoding.PEM, to.PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"{name}.pem").write_bytes(pem)
+    plain = to.NoEncryption()
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(to.Encoding.PEM, to.PrivateFormat.PKCS8, plain))
+    signed = tmp_path / "signed"
+    shutil.copytree(bundle, signed)
+    public, wrong = ["--public-key", str(tmp_path / "public.pem")], ["--public-key", str(tmp_path / "other.pem")]
+    assert "manifest.json is not signed" in refuse(capsys, str(signed), files[:1], *public)
+    sign_bundle(signed, tmp_path / "key.pem")
+    assert run(str(signed), files[:1], *public) == 0
+    capsys.readouterr()
+    assert "was not signed with the key" in refuse(capsys, str(signed), files[:1], *wrong)
 
 
 def test_a_picture_is_needed(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
