@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...cli_options import OptimizationLevel, PrivateKey, Profiles, TacticDram, Tf32, Workspace
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -26,22 +28,11 @@ def build(
     device: Annotated[
         str, typer.Option(help="local, orin-nano, orin-nx, agx-orin, thor, l4, h200, ...: what this machine must be.")
     ] = "local",
-    profile: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="'AXIS=MIN,OPT,MAX ...'",
-            help="One optimization profile, as in 'batch=1,4,8 sequence=1,32,64'; STAGE.AXIS for one stage; repeat for "
-            "several profiles. Axes that are not named keep the range that they were exported for.",
-        ),
-    ] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="How long the builder searches; 3, less on small boards.")
-    ] = None,
-    workspace: Annotated[
-        int | None, typer.Option(min=1, metavar="MIB", help="Memory for layers while building.")
-    ] = None,
-    tactic_dram: Annotated[int | None, typer.Option(min=1, metavar="MIB", help="Memory for trying kernels.")] = None,
-    tf32: Annotated[bool, typer.Option("--tf32", help="Let FP32 products be rounded to TF32.")] = False,
+    profile: Profiles = None,
+    optimization_level: OptimizationLevel = None,
+    workspace: Workspace = None,
+    tactic_dram: TacticDram = None,
+    tf32: Tf32 = False,
     hardware_compatibility: Annotated[
         str, typer.Option(help="NONE, AMPERE_PLUS or SAME_COMPUTE_CAPABILITY (TensorRT 10.9): other GPUs, slower.")
     ] = "NONE",
@@ -64,7 +55,7 @@ def build(
     emit: Annotated[
         str | None, typer.Option(metavar="TOOL", help="trtexec or polygraphy: write a script, build nothing.")
     ] = None,
-    sign: Annotated[Path | None, typer.Option(metavar="KEY", help="Sign with an Ed25519 key (PEM).")] = None,
+    sign: PrivateKey = None,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Add all messages of TensorRT to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was built as JSON.")] = False,

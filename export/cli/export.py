@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...cli_options import TrustRemoteCode
+
 if TYPE_CHECKING:
     from ...bundle import Bundle
 
@@ -42,14 +44,7 @@ def export(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickle weights too, with weights_only=True.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python code from the checkpoint directory (auto_map), with your rights, for config, tokenizer "
-            "and processor; only for checkpoints that you trust.",
-        ),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made and checked as JSON.")] = False,
 ) -> None:
     """Export a trained checkpoint to ONNX, check every graph against PyTorch, and write a bundle."""

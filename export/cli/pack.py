@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ...cli_options import OptimizationLevel, PrivateKey, Profiles, TacticDram, Tf32, Workspace
+
 
 def pack(
     bundle: Annotated[Path, typer.Argument(help="Bundle made for TensorRT (quantize --target tensorrt).")],
@@ -16,23 +18,16 @@ def pack(
     device: Annotated[
         str, typer.Option(help="local, orin-nano, orin-nx, agx-orin, thor, l4, h200, ...: where it will be built.")
     ] = "local",
-    profile: Annotated[
-        list[str] | None,
-        typer.Option(metavar="'AXIS=MIN,OPT,MAX ...'", help="One optimization profile, as for `bridgeport build`."),
-    ] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="How long the builder searches; 3, less on small boards.")
-    ] = None,
-    workspace: Annotated[
-        int | None, typer.Option(min=1, metavar="MIB", help="Memory for layers while building.")
-    ] = None,
-    tactic_dram: Annotated[int | None, typer.Option(min=1, metavar="MIB", help="Memory for trying kernels.")] = None,
-    tf32: Annotated[bool, typer.Option("--tf32", help="Let FP32 products be rounded to TF32.")] = False,
+    profile: Profiles = None,
+    optimization_level: OptimizationLevel = None,
+    workspace: Workspace = None,
+    tactic_dram: TacticDram = None,
+    tf32: Tf32 = False,
     strip: Annotated[bool, typer.Option("--strip", help="Plans without weights.")] = False,
     calibration: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pictures to record with; drawn ones by default.")
     ] = None,
-    sign: Annotated[Path | None, typer.Option(metavar="KEY", help="Sign with an Ed25519 key (PEM).")] = None,
+    sign: PrivateKey = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:

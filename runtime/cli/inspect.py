@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...cli_options import PublicKey
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -30,10 +32,7 @@ _SHOWN = 3
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Directory that `bridgeport export` wrote.")],
-    public_key: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Refuse a bundle that was not signed with this Ed25519 key (PEM)."),
-    ] = None,
+    public_key: PublicKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
 ) -> None:
     """Show a bundle's stages, axes, precision, sizes, hashes and contracts; every file is verified first."""

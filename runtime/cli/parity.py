@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ...cli_options import TrustRemoteCode
+
 
 def parity(
     bundle: Annotated[Path, typer.Argument(help="Directory that `bridgeport export` wrote.")],
@@ -31,14 +33,7 @@ def parity(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to compare.")] = 24,
     device: Annotated[str, typer.Option("--device", help="Where the bundle runs: cpu, cuda or cuda:N.")] = "cpu",
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python code from the checkpoint directory (auto_map), with your rights, for config, tokenizer "
-            "and processor; only for checkpoints that you trust.",
-        ),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Hold every stage of a bundle against PyTorch, on PyTorch's input and chained; exit 1 when one diverges."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...cli_options import PublicKey
+
 if TYPE_CHECKING:
     from ..generation import Generation
     from ..pipeline import Pipeline
@@ -51,10 +53,7 @@ def run(
         str | None,
         typer.Option(help="What runs the stages, as openvino; by default TensorRT for its engines, else ONNX Runtime."),
     ] = None,
-    public_key: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Refuse a bundle that was not signed with this Ed25519 key (PEM)."),
-    ] = None,
+    public_key: PublicKey = None,
     attention_map: Annotated[
         Path | None, typer.Option(help="Write a PNG of where each query looks (one picture).")
     ] = None,
