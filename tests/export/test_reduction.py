@@ -180,7 +180,7 @@ def test_the_picture_s_contract() -> None:
 @pytest.mark.parametrize(
     ("name", "reduction"),
     [("llava", "pool:2"), ("llava", "tome:5"), ("odd", "tome:12"), ("next, class token", "pool:4"),
-     ("onevision", "pool:2"), ("onevision, class token", "pool:4"), ("next-video", "pool:2"),
+     ("onevision", "pool:2"), ("onevision, class token", "pool:2"), ("next-video", "pool:2"),
      ("blip-2", "queries:2"), ("blip-2", "tome:3"), ("opt", "queries:1"),
      ("instructblip", "queries:2"), ("instructblip", "tome:2"), ("instructblip, video", "tome:2"),
      ("instructblip, video", "queries:2"), ("idefics2", "queries:1"), ("idefics2", "tome:1"),
