@@ -27,9 +27,9 @@ def pytest_runtest_teardown() -> None:
     _settled = len(sys.modules)
     gc.collect()
     gc.freeze()
-    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
-    if registration is not None and not hasattr(read := registration.onnxscript_apis.get_torchlib_ops, "cache_info"):
-        registration.onnxscript_apis.get_torchlib_ops = functools.cache(read)
+    apis = getattr(sys.modules.get("torch.onnx._internal.exporter._registration"), "onnxscript_apis", None)
+    if apis is not None and not hasattr(apis.get_torchlib_ops, "cache_info"):
+        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
 
 
 @pytest.fixture(scope="session")
