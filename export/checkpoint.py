@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..bundle import Bundle, check_output, output_errors, sha256, staged_directory, write_manifest
-from ..manifest import CONFIG_FILE, CheckpointRecord, ImageContract, Manifest
+from ..manifest import CONFIG_FILE, CheckpointRecord, Manifest
 from ..models import load_checkpoint
 from ..models.contract import KvCacheContract
 from ..models.reduction_contract import parse_reduction
@@ -23,7 +23,7 @@ from .llm.flamingo_stages import export_flamingo
 from .llm.seq2seq_stages import export_seq2seq
 from .options import check_libraries, check_options, needs_calibration
 from .processor import freeze_processor
-from .reduction import fit_tokens
+from .reduction import fit_layout
 from .stages import Progress, export_decoder, export_traced, lint_stages
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def _write_bundle(
 ) -> Manifest:
     say("freezing processor and tokenizer")
     frozen = freeze_foreign(model, staging / "tokenizer") or freeze_processor(model, staging / "tokenizer")
-    image, prompt, generation = _fit_image(model, frozen.image), frozen.prompt, frozen.generation
+    # What was held against the checkpoint's processor, with the tokens of a connector that it does not know of.
+    image, prompt, generation = fit_layout(frozen.image, model.layout), frozen.prompt, frozen.generation
     if "not_built" in (videos := frozen.checks.get("video", {})):
         say(f"the bundle takes pictures and no videos: {videos['not_built']}")
     _keep_config(model, staging)
@@ -160,13 +161,6 @@ def _write_bundle(
         checks={"export": {"stages": checks, "processor": frozen.checks}},
     )
     return write_manifest(staging, manifest)
-
-
-def _fit_image(model: VisionLanguageModel, image: ImageContract) -> ImageContract:
-    """What was held against the checkpoint's processor, with the tokens of a connector that it does not know of."""
-    if model.layout.reduction is None and model.layout.custom_connector is None:
-        return image
-    return fit_tokens(image, int(model.contracts["connector"].outputs[0].shape[1]))
 
 
 def _keep_config(model: VisionLanguageModel, staging: Path) -> None:

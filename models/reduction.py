@@ -145,10 +145,7 @@ def reduce_layout(layout: Layout, reduction: Reduction) -> Layout:
             f"reduce-tokens {reduction}: a {layout.kind} gives no image tokens to a language model; leave it out"
         )
     if contract.inputs[0].shape[0] != "batch":
-        raise UnsupportedError(
-            f"reduce-tokens {reduction} is not built for a {layout.kind}: its features are no fixed number per tile; "
-            "leave it out"
-        )
+        return _reduce_picture(layout, reduction)
     tokens = int(contract.outputs[0].shape[1])
     stage, left = _REDUCE[reduction.method](layout, layout.stages["connector"], tokens, reduction)
     contracts = {name: _with_rows(one, tokens, left) for name, one in layout.contracts.items()}
@@ -157,6 +154,22 @@ def reduce_layout(layout: Layout, reduction: Reduction) -> Layout:
         stages={**layout.stages, "connector": stage},
         contracts={**contracts, "connector": _with_tokens(contract, left)},
         reduction=reduction,
+    )
+
+
+def _reduce_picture(layout: Layout, reduction: Reduction) -> Layout:
+    """`layout` of a model whose features are as many as its picture is large: no graph changes.
+
+    The run time pools the picture's own grid behind the connector (`image_contract.Patches.pool_stride`).
+    """
+    if reduction.method == "pool":
+        return replace(layout, reduction=reduction)
+    why = {
+        "tome": "its features are no fixed number, and the graph of a merging needs one",
+        "queries": "its connector has no learned queries",
+    }
+    raise UnsupportedError(
+        f"reduce-tokens {reduction} is not built for a {layout.kind}: {why[reduction.method]}; use pool:S"
     )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import EngineError
 from ..models.contract import StageContract
 from .processor.picture import PictureTensors
+from .processor.tiling.pooling import pooled_size
 
 AXES = 3
 INPUT = "position_ids"
@@ -91,19 +92,22 @@ def positions_of(
     image_positions: Sequence[NDArray[np.int64]],
     pictures: Sequence[Sequence[PictureTensors]],
     merge_size: int,
+    pool_stride: int = 1,
 ) -> MRopePositions:
     """Positions of prepared prompts.
 
     `image_positions`: per row, where its image tokens are, picture after picture. `pictures`: per row, with
-    `image_grid_thw` `[1, 3]` in patches, of which `merge_size` squared make a token.
+    `image_grid_thw` `[1, 3]` in patches, of which `merge_size` squared make a feature. Windows of `pool_stride` squared
+    features make a token.
     """
     rows = []
     for at, row in zip(image_positions, pictures, strict=True):
         starts = np.cumsum([0, *(len(picture.rows) for picture in row)])[:-1]
-        rows.append([ImageSpan(int(at[i]), _grid(p, merge_size)) for i, p in zip(starts, row, strict=True)])
+        grids = [_grid(picture, merge_size, pool_stride) for picture in row]
+        rows.append([ImageSpan(int(at[i]), grid) for i, grid in zip(starts, grids, strict=True)])
     return MRopePositions(lengths, rows)
 
 
-def _grid(picture: PictureTensors, merge_size: int) -> tuple[int, int, int]:
+def _grid(picture: PictureTensors, merge_size: int, pool_stride: int) -> tuple[int, int, int]:
     time, height, width = (int(n) for n in picture.tensors["image_grid_thw"][0])
-    return time, height // merge_size, width // merge_size
+    return time, *pooled_size((height // merge_size, width // merge_size), pool_stride)

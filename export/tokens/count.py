@@ -22,9 +22,10 @@ class PictureReport:
 
     `encoder_tokens`: of all tiles together; None where only a module can tell and there is no torch. `features`: rows
     of the connector's output. `tokens`: what stands in the prompt for the picture; AnyRes leaves borders out and adds
-    newlines, Flamingo reads the features beside the prompt. `marks`: tokens of the texts around them, None where there
-    is no tokenizer. `left`: of the context, 0 where the picture alone does not fit; `fits` tells. `unpadded_from`:
-    `features` and what they would leave, where borders are left out of them. `flops`, `latency`: by stage.
+    newlines, pooled patches are blended, Flamingo reads the features beside the prompt. `marks`: tokens of the texts
+    around them, None where there is no tokenizer. `left`: of the context, 0 where the picture alone does not fit;
+    `fits` tells. `unpadded_from`: `features` and what they would leave, where borders are left out of them. `flops`,
+    `latency`: by stage.
     """
 
     size: str

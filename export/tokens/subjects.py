@@ -130,6 +130,7 @@ def _checkpoint(path: Path) -> Subject:
             "`pip install 'bridgeport[export]'`, or give a bundle, which needs neither"
         )
     from ...models.checkpoint import read_layout
+    from ..reduction import fit_layout
 
     config, layout = read_layout(path)
     tokenizer = path / "tokenizer.json"
@@ -137,7 +138,7 @@ def _checkpoint(path: Path) -> Subject:
         name=path.name,
         architecture=config.architectures[0],
         source=str(path),
-        image=_in_prompt(_fit_custom(_freeze_image(path, config), layout), layout),
+        image=_in_prompt(fit_layout(_freeze_image(path, config), layout), layout),
         context=layout.contracts["embed_tokens"].axis("sequence").max if "embed_tokens" in layout.contracts else None,
         contracts=layout.contracts,
         layout=layout,
@@ -152,15 +153,6 @@ def _freeze_image(path: Path, config: Any) -> ImageContract:
     from ..processor import freeze_image_processor
 
     return clip_image(config) if project(path) in ("minigpt4", "qwen_vl") else freeze_image_processor(path, config)
-
-
-def _fit_custom(image: ImageContract, layout: Layout) -> ImageContract:
-    """The tokens of a custom connector, of which the checkpoint's processor does not know."""
-    from ..reduction import fit_tokens
-
-    if layout.custom_connector is None:
-        return image
-    return fit_tokens(image, int(layout.contracts["connector"].outputs[0].shape[1]))
 
 
 def _in_prompt(image: ImageContract, layout: Layout) -> ImageContract:

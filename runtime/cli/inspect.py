@@ -91,7 +91,7 @@ def _print(bundle: Bundle, *, signed: bool) -> None:
     if manifest.video is not None:
         _print_contract(console, "video", manifest.video)
     if manifest.reduction is not None:
-        console.print(f"reduced    {manifest.reduction}: the connector gives fewer tokens than the checkpoint's")
+        console.print(f"reduced    {manifest.reduction}: a picture has fewer tokens than the checkpoint gives it")
     if manifest.calibration is not None:
         _print_calibration(console, manifest.calibration, manifest.checks.get("gate", {}))
     if manifest.custom_connector is not None:

@@ -8,6 +8,7 @@ transformers' language model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
     from .taps import Taps
 
 Features = NDArray[np.float32]
+# Image tokens in a row, and the processor's output that they are in -> how many there have to be.
+Counts = Callable[[int, Any], int]
 
 # What transformers' processors give for every token of a prompt.
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 # Model types whose processor and model count features from the patch size.
 _ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
+# Model kinds whose features are pooled in the grid of the picture, behind the whole vision tower.
+_PICTURE_GRIDS = ("qwen2-vl", "qwen2.5-vl")
 # Model kind -> the learned queries of transformers' model.
 _QUERIES = {
     "blip-2": "query_tokens",
@@ -91,6 +96,9 @@ def use_reduction(
     if reduction.method == "queries":
         _cut_queries(model, reduction, original, taps)
         return
+    if original.kind in _PICTURE_GRIDS:
+        _pool_pictures(model, reduction.amount)
+        return
     model.get_submodule(taps.image_features.module).register_forward_hook(
         lambda _module, _inputs, features: _reduced(features, reduction)
     )
@@ -107,6 +115,36 @@ def _count_windows(processor: Any, stride: int) -> None:
         processor.num_image_tokens = (processor.num_image_tokens - class_token) // stride**2 + class_token
     else:
         processor.patch_size *= stride
+
+
+def _pool_pictures(model: Any, stride: int) -> None:
+    """Pool what Qwen2-VL's vision tower gives of each picture, and let transformers place tokens in that grid.
+
+    Not in the merger: that of 2.5 has the tokens in window order.
+    """
+    import torch
+
+    inner, merged = model.model, model.config.vision_config.spatial_merge_size
+    features, rope_index = inner.get_image_features, inner.get_rope_index
+
+    def pooled_features(pixel_values: Any, image_grid_thw: Any, **options: Any) -> Any:
+        found = features(pixel_values, image_grid_thw, **options)
+        pictures = zip(found.pooler_output, image_grid_thw.tolist(), strict=True)
+        found.pooler_output = tuple(
+            torch.from_numpy(pool(one.detach().numpy(), stride, rows // merged)) for one, (_, rows, _) in pictures
+        )
+        return found
+
+    def pooled_index(*args: Any, image_grid_thw: Any, **options: Any) -> Any:
+        grids = [[time, *_windows(rows, columns, stride, merged)] for time, rows, columns in image_grid_thw.tolist()]
+        return rope_index(*args, image_grid_thw=torch.tensor(grids) * torch.tensor([1, merged, merged]), **options)
+
+    inner.get_image_features, inner.get_rope_index = pooled_features, pooled_index
+
+
+def _windows(rows: int, columns: int, stride: int, merged: int) -> tuple[int, int]:
+    """Rows and columns of windows over a picture of `rows` x `columns` patches; what is left at an edge is one too."""
+    return len(range(0, rows // merged, stride)), len(range(0, columns // merged, stride))
 
 
 def _cut_queries(model: Any, reduction: Reduction, original: VisionLanguageModel, taps: Taps) -> None:
@@ -127,21 +165,33 @@ def _cut_queries(model: Any, reduction: Reduction, original: VisionLanguageModel
     setattr(model.get_submodule(parent), name, nn.Parameter(queries[..., : reduction.amount, :]))
 
 
-def placeholder_counts(original: VisionLanguageModel, altered: VisionLanguageModel) -> Callable[[int], int] | None:
+def placeholder_counts(original: VisionLanguageModel, altered: VisionLanguageModel) -> Counts | None:
     """How many image tokens in a row the altered model takes where the processor writes so many; None: as many.
 
     `original`: before the reduction, with the custom connector if there is one.
     """
     if altered.layout.custom_connector is not None:
         wanted = _tokens(altered)
-        return lambda _: wanted
+        return lambda _, __: wanted
     if altered.layout.reduction is None or altered.config.model_type in _ANYRES or altered.kind == "flamingo":
         return None
+    if original.kind in _PICTURE_GRIDS:
+        return _count_picture(altered.layout.reduction.amount, altered.config.vision_config.spatial_merge_size)
     before, after = _tokens(original), _tokens(altered)
-    return lambda count: count * after // before
+    return lambda count, _: count * after // before
 
 
-def fit_placeholders(inputs: Any, image_token: int, counts: Callable[[int], int]) -> Any:
+def _count_picture(stride: int, merged: int) -> Counts:
+    """Of a prompt's one picture, by the grid that the processor gives with it."""
+
+    def count(_: int, inputs: Any) -> int:
+        ((_, rows, columns),) = inputs["image_grid_thw"].tolist()
+        return math.prod(_windows(rows, columns, stride, merged))
+
+    return count
+
+
+def fit_placeholders(inputs: Any, image_token: int, counts: Counts) -> Any:
     """A processor's output for one prompt, every run of image tokens as long as `counts` makes it."""
     import torch
 
@@ -149,7 +199,7 @@ def fit_placeholders(inputs: Any, image_token: int, counts: Callable[[int], int]
     start = 0
     for token, run in groupby(inputs["input_ids"][0].tolist()):
         length = len(list(run))
-        kept += [start] * counts(length) if token == image_token else range(start, start + length)
+        kept += [start] * counts(length, inputs) if token == image_token else range(start, start + length)
         start += length
     for name in _PER_TOKEN:
         if name in inputs:
@@ -164,20 +214,23 @@ def _tokens(model: VisionLanguageModel) -> int:
 def _reduced(features: Any, reduction: Reduction) -> Any:
     import torch
 
-    apply = {"pool": pool, "tome": merge}[reduction.method]
+    apply: Callable[[Features, int], Features] = pool if reduction.method == "pool" else merge
     # Some give a map, [tiles, rows, columns, D].
     tiles = [apply(tile, reduction.amount) for tile in features.detach().flatten(1, -2).numpy()]
     return torch.from_numpy(np.stack(tiles))
 
 
-def pool(tokens: Features, stride: int) -> Features:
-    """`[side * side, D]` to the means of windows of `stride` x `stride`, row by row."""
-    side = round(len(tokens) ** 0.5)
-    grid = tokens.reshape(side, side, -1)
+def pool(tokens: Features, stride: int, rows: int | None = None) -> Features:
+    """`[rows * columns, D]` (a square if `rows` is None) to the means of windows of `stride` x `stride`, row by row.
+
+    A window that an edge cuts off is the mean of what is left of it.
+    """
+    rows = round(len(tokens) ** 0.5) if rows is None else rows
+    grid = tokens.reshape(rows, len(tokens) // rows, -1)
     windows = [
-        grid[top : top + stride, left : left + stride].reshape(stride * stride, -1).mean(axis=0)
-        for top in range(0, side, stride)
-        for left in range(0, side, stride)
+        grid[top : top + stride, left : left + stride].mean(axis=(0, 1))
+        for top in range(0, rows, stride)
+        for left in range(0, grid.shape[1], stride)
     ]
     return np.stack(windows)
 

@@ -6,7 +6,7 @@ its mistakes. Pictures come in as Pillow images that were decoded once, for both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ...errors import CheckpointError, InputError, UnsupportedError
 from ..sources import Video
-from .alter import fit_placeholders, placeholder_counts, use_custom_connector, use_reduction
+from .alter import Counts, fit_placeholders, placeholder_counts, use_custom_connector, use_reduction
 from .patches import group_patches
 from .taps import TAPS, VIDEO_TAPS, Taps, tapped
 
@@ -57,7 +57,7 @@ class Reference:
         self.checkpoint = checkpoint
         self.model = model
         self.processor = processor
-        self._counts: Callable[[int], int] | None = None
+        self._counts: Counts | None = None
 
     @classmethod
     def load(

@@ -126,10 +126,7 @@ def _pad(rows: Rows) -> tuple[NDArray[Any], NDArray[np.int64]]:
 def run_isolated(stages: BundleStages, cases: Sequence[Case], references: Sequence[ReferenceValues]) -> Differences:
     """Every stage fed PyTorch's input. A stage that raises counts as infinitely wrong; the others still run."""
     pictures = stages.prepare(cases)
-    given = [
-        replace(picture, tensors={**picture.tensors, "pixel_values": one.pixel_values}, rows=_rows(picture, one))
-        for picture, one in zip(pictures, references, strict=True)
-    ]
+    given = [_given(picture, one) for picture, one in zip(pictures, references, strict=True)]
     runs: Mapping[str, Callable[[], list[Difference]]] = {
         "pixels": lambda: _values(references, "pixel_values", _pixels(pictures)),
         "placeholder_ids": lambda: _prompts(references, stages.prompts([case.prompt for case in cases], pictures)),
@@ -226,11 +223,12 @@ def _pixels(pictures: Sequence[PictureTensors]) -> Rows:
     return [picture.tensors["pixel_values"] for picture in pictures]
 
 
-def _rows(picture: PictureTensors, reference: ReferenceValues) -> NDArray[np.int64]:
-    """Which features the placeholders get: as the bundle lays them out, unless it has another number of them than
-    PyTorch, which is a fault of the placeholders and not of the merge.
+def _given(picture: PictureTensors, reference: ReferenceValues) -> PictureTensors:
+    """The picture with PyTorch's pixels, and which features the placeholders get: as the bundle lays them out, unless
+    it has another number of them than PyTorch, which is a fault of the placeholders and not of the merge.
     """
+    given = replace(picture, tensors={**picture.tensors, "pixel_values": reference.pixel_values})
     features = reference.image_features.size // reference.image_features.shape[-1]
     if len(picture.rows) != len(reference.image_positions) == features:
-        return np.arange(features)
-    return picture.rows
+        return replace(given, rows=np.arange(features), weights=None)
+    return given

@@ -134,7 +134,8 @@ class Patches(Record):
     """Qwen2-VL and Qwen2.5-VL: the picture at its own size, as flattened patches in groups of `merge_size` squared.
 
     Both edges become multiples of `patch_size * merge_size` with `min_pixels` to `max_pixels` in all; one feature
-    stands for a group. `window_size` (pixels): the edge of an attention window, None where every patch sees all.
+    stands for a group. `window_size` (pixels): the edge of an attention window, None where every patch sees all. With
+    `pool_stride` above 1 the mean of that many features squared, fewer at the right and lower edge, is a token.
     """
 
     kind: Literal["patches"] = "patches"
@@ -145,6 +146,7 @@ class Patches(Record):
     max_pixels: int = Field(ge=1)
     resample: Filter
     window_size: int | None = Field(default=None, ge=1)
+    pool_stride: int = Field(default=1, ge=1)
 
 
 class AnyRes(Record):

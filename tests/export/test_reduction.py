@@ -118,7 +118,7 @@ def test_connector_graphs(checkpoints: dict[str, Path], kind: str, reduction: st
         own.qformer.query_tokens = torch.nn.Parameter(own.qformer.query_tokens[:, : int(amount)])
         expected = own(torch.from_numpy(x)).detach().numpy()
     else:
-        plain = {"pool": pool, "tome": merge}[method]
+        plain: Any = pool if method == "pool" else merge
         whole = model.connector(torch.from_numpy(x)).numpy()
         expected = np.stack([plain(tile, int(amount)) for tile in whole])
     assert made.shape == (4, left, expected.shape[2])

@@ -171,6 +171,17 @@ def test_qwen2_merges_four_patches_at_the_pictures_own_size() -> None:
     assert (picture.encoder_tokens, picture.tokens, picture.compression) == (72 * 36, 72 * 36 // 4, 4.0)
 
 
+@pytest.mark.parametrize(("size", "tokens"), [("1000x500", 162), ("28x196", 4)])
+def test_pooled_patches_are_counted_in_windows(size: str, tokens: int) -> None:
+    """36 x 18 and 1 x 7 features in windows of 2 x 2."""
+    subject = replace(known("qwen2-vl-2b"), layout=None)
+    tiling = subject.image.tiling.model_copy(update={"pool_stride": 2})
+    pooled = replace(subject, image=subject.image.model_copy(update={"tiling": tiling}))
+    whole, fewer = (count(one, size).pictures[0] for one in (subject, pooled))
+    assert (fewer.tokens, fewer.left) == (tokens, CONTEXT - tokens)
+    assert fewer.features == whole.features == whole.tokens
+
+
 def test_a_model_that_scores_has_no_context() -> None:
     picture = picture_of("clip-vit-l-14", "224x224", 100)
     assert (picture.encoder_tokens, picture.features, picture.left, picture.fits) == (257, 1, None, None)

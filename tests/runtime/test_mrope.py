@@ -121,6 +121,31 @@ def test_pictures_of_prepared_prompts_are_found() -> None:
     assert not np.array_equal(positions_of(lengths, at, turned, MERGE).prefill()["position_ids"], found)
 
 
+@pytest.mark.parametrize("kind", [Qwen2VLModel, Qwen2_5_VLModel])
+def test_pooled_pictures_have_the_places_of_the_smaller_grid(kind: Any) -> None:
+    """Of `2h - 1` x `2w` features, windows of 2 x 2 leave `h` x `w`; the last row of windows is cut off."""
+    names = ["three-pictures", "text", "thin"]
+    rows = [[part for part in ROWS[name] if not isinstance(part, int)] for name in names]
+    pictures = [[pooled_to(grid) for grid in row] for row in rows]
+    places = [[np.arange(s.start, s.start + int(np.prod(s.grid))) for s in spans(ROWS[name])] for name in names]
+    at = [np.concatenate([np.zeros(0, np.int64), *row]) for row in places]
+    lengths = np.array([length_of(ROWS[name]) for name in names])
+    positions, deltas = theirs(names, kind)
+    found = positions_of(lengths, at, pictures, MERGE, 2)
+    assert np.array_equal(found.prefill()["position_ids"], positions)
+    found.advance(lengths + 1)
+    assert np.array_equal(found.step()["position_ids"][0, :, 0], lengths + deltas)
+    with pytest.raises(EngineError, match="stands at"):
+        positions_of(lengths, at, pictures, MERGE, 1)
+
+
+def pooled_to(grid: tuple[int, int, int]) -> PictureTensors:
+    time, height, width = grid
+    count = tokens(grid)
+    whole = np.array([(time, 2 * height - MERGE, 2 * width)])
+    return PictureTensors({"image_grid_thw": whole}, (count,), np.zeros((count, 4), np.int64))
+
+
 def picture(grid: tuple[int, int, int]) -> PictureTensors:
     count = tokens(grid)
     return PictureTensors({"image_grid_thw": np.array([grid])}, (count,), np.arange(count))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.runtime.tilings import (
     MEAN,
     SIZES,
@@ -26,7 +28,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from bridgeport.errors import InputError
 from bridgeport.image_contract import Patches
 from bridgeport.runtime.processor.picture import prepare_picture
-from bridgeport.runtime.processor.tiling.patches import smart_resize, window_order
+from bridgeport.runtime.processor.tiling.patches import smart_resize, token_rows, window_order
 
 TOKEN = "<|image_pad|>"
 TEXTS = (TOKEN, f"<|vision_start|>{TOKEN}<|vision_end|>What is this?", f"two {TOKEN}{TOKEN}", "no picture")
@@ -96,6 +98,41 @@ def test_golden_windows() -> None:
     index, ids = window_order(4, 6, tiling(window_size=28))
     assert index.tolist() == [0, 1, 3, 4, 2, 5]
     assert ids.tolist() == [[0] * 4] * 4 + [[1] * 4] * 2
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 5, 10**30])
+def test_pooled_rows_equal_torch(stride: int) -> None:
+    """Also where the stride divides neither edge, and where it is longer than both."""
+    of = tiling(pool_stride=stride)
+    grids = set()
+    for width, height in SIZES:
+        ours = prepare_picture(noise(width, height), contract_of(of))
+        plain = prepare_picture(noise(width, height), contract_of(tiling()))
+        rows, columns = (int(n) // of.merge_size for n in ours.tensors["image_grid_thw"][0][1:])
+        grids.add((rows, columns))
+        features = np.random.default_rng(1).standard_normal((rows * columns, 5)).astype(np.float32)
+        table = torch.from_numpy(features).T.reshape(1, 5, rows, columns)
+        # torch takes no window that is longer than the picture.
+        window = (min(stride, rows), min(stride, columns))
+        theirs = F.avg_pool2d(table, window, ceil_mode=True, count_include_pad=False)[0].flatten(1).T.numpy()
+        weights = np.ones((len(ours.rows), 1), np.float32) if ours.weights is None else ours.weights
+        mixed = np.einsum("tkd,tk->td", features[ours.rows.reshape(len(weights), -1)], weights)
+        assert_close(mixed, theirs, f"features of {width}x{height}")
+        assert ours.pieces == (len(theirs),) == (math.ceil(rows / stride) * math.ceil(columns / stride),)
+        # What the vision tower reads stays.
+        assert all(np.array_equal(ours.tensors[name], plain.tensors[name]) for name in plain.tensors)
+    assert any(rows % 2 and columns % 2 for rows, columns in grids)
+
+
+def test_golden_pooled_rows() -> None:
+    """By hand: 3 x 3 features in windows of 2 x 2; of the last one a single feature is left."""
+    rows, weights = token_rows((3, 3), 2)
+    assert weights is not None
+    found = [
+        {int(row): float(part) for row, part in zip(*pair, strict=True) if part}
+        for pair in zip(rows, weights, strict=True)
+    ]
+    assert found == [{0: 0.25, 1: 0.25, 3: 0.25, 4: 0.25}, {2: 0.5, 5: 0.5}, {6: 0.5, 7: 0.5}, {8: 1.0}]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ....errors import InputError
 from ....image_contract import ImageContract, Patches
 from ..image import FILTERS, preprocess_image
 from ..picture import PictureTensors
+from .pooling import pool_rows
 
 # A longer strip is refused by transformers as well: one edge would be all padding.
 MAX_ASPECT_RATIO = 200
@@ -48,8 +49,17 @@ def prepare(image: Image.Image, contract: ImageContract, tiling: Patches) -> Pic
         inverse = np.argsort(index)
         tensors |= {"window_index": index, "inverse_window_index": inverse, "window_ids": ids}
         tensors["token_windows"] = np.ascontiguousarray(ids[inverse, 0])
-    tokens = rows * columns // tiling.merge_size**2
-    return PictureTensors(tensors=tensors, pieces=(tokens,), rows=np.arange(tokens, dtype=np.int64))
+    chosen, weights = token_rows((rows // tiling.merge_size, columns // tiling.merge_size), tiling.pool_stride)
+    return PictureTensors(tensors=tensors, pieces=(len(chosen),), rows=chosen, weights=weights)
+
+
+def token_rows(grid: tuple[int, int], pool_stride: int) -> tuple[Array, npt.NDArray[np.float32] | None]:
+    """`rows` and `weights` of `PictureTensors` for `grid` (height, width in groups): all, or the means of windows."""
+    numbers = np.arange(grid[0] * grid[1], dtype=np.int64)
+    if pool_stride == 1:
+        return numbers, None
+    rows, weights = pool_rows(numbers.reshape(grid), pool_stride)
+    return rows.reshape(-1, rows.shape[-1]), weights.reshape(-1, rows.shape[-1])
 
 
 def smart_resize(width: int, height: int, tiling: Patches) -> tuple[int, int]:
