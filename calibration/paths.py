@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..bundle import check_output
+from ..bundle import check_output, is_within
 from ..errors import OutputError
 
 
@@ -25,7 +25,7 @@ def check_places(
     written, by the option that names it, None where it was not given. They must be writable and lie neither in
     ``bundle`` nor in ``out``, which is replaced as a whole.
     """
-    if _is_in(out, bundle):
+    if is_within(out, bundle):
         what = "is the bundle itself" if _same(out, bundle) else f"lies in the bundle {bundle}"
         raise OutputError(f"--output {out} {what}, which is only read; name a place outside of it")
     check_output(out, force=force, protect=(bundle, *kept))
@@ -34,7 +34,7 @@ def check_places(
         if path is None:
             continue
         for whole in (bundle, out):
-            if _is_in(path, whole):
+            if is_within(path, whole):
                 raise OutputError(f"{option} {path} lies in the bundle {whole}; name a place outside of it")
         folder = path if option in (directories or {}) else path.parent
         _check_writable(option, path, folder)
@@ -51,10 +51,6 @@ def _check_writable(option: str, path: Path, directory: Path) -> None:
         raise OutputError(f"{option} {path} cannot be written: {place} is no directory; name another place")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(f"{option} {path} cannot be written: no right to write in {place}; name another place")
-
-
-def _is_in(path: Path, directory: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
 def _same(one: Path, other: Path) -> bool:

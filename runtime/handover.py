@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._version import __version__
-from ..bundle import Bundle, check_output, output_errors, staged_directory
+from ..bundle import Bundle, check_output, is_within, output_errors, staged_directory
 from ..errors import EngineError, InputError, OutputError, UnsupportedError
 from .backends import EngineOptions, load_engines
 from .engine import Arrays, Call, Engine
@@ -171,7 +170,7 @@ def check_target(out: str | Path, form: Format, *, force: bool = False, protect:
     """
     target = Path(out).absolute()
     for kept in protect:
-        if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(kept)):
+        if is_within(target, kept):
             raise OutputError(f"{target} would change {kept}, which is read; name another place")
     if form == "tensorrt-llm":
         check_output(target, force=force, protect=tuple(protect))

@@ -239,8 +239,7 @@ class Pipeline:
         tiling = self.manifest.image.tiling
         if not takes_positions(self.engines["llm"].contract) or not isinstance(tiling, Patches):
             return None
-        pictures = prepared.pictures
-        return positions_of(lengths, prepared.image_positions, pictures, tiling.merge_size, tiling.pool_stride)
+        return positions_of(lengths, prepared.image_positions, prepared.pictures, tiling.merge_size, tiling.pool_stride)
 
     def prefill_logits(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ...bundle import MANIFEST, Bundle
+from ...bundle import MANIFEST, Bundle, is_within
 from ...errors import OutputError
 from ...manifest import Manifest
 
@@ -29,7 +29,7 @@ def copy_graphs(source: Bundle, target: Path) -> Manifest:
 
 def check_outside(out: Path, bundle: Path) -> None:
     """OutputError for a file that would be written into the bundle that is read."""
-    if out.resolve().is_relative_to(bundle.resolve()):
+    if is_within(out, bundle):
         raise OutputError(f"{out} lies in the bundle {bundle}, which is never changed; name a place outside of it")
 
 

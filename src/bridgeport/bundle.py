@@ -175,6 +175,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_within(path: Path, directory: Path) -> bool:
+    """Whether `path` is `directory` or lies in it, links followed; neither has to exist."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
+
+
 @contextmanager
 def staged_directory(out: str | Path, *, force: bool = False, protect: tuple[Path, ...] = ()) -> Iterator[Path]:
     """A fresh directory beside `out` that becomes `out` when the block ends well, and vanishes otherwise.
@@ -234,7 +239,7 @@ def _check_target(target: Path, *, force: bool, protect: tuple[Path, ...]) -> No
     if not target.is_dir() or target.is_symlink():
         raise OutputError(f"{target} exists and is not a directory; name another place for the bundle")
     for kept in (*protect, Path.cwd(), Path.home()):
-        if Path(os.path.realpath(kept)).is_relative_to(os.path.realpath(target)):
+        if is_within(kept, target):
             raise OutputError(f"{target} holds {kept}, so it is never replaced; name another place for the bundle")
     if not force and any(target.iterdir()):
         what = "is a bundle already" if is_bundle(target) else "exists and is not a bundle"
